@@ -35,6 +35,9 @@ type Attachment struct {
 	Labels        map[string]string `json:"labels,omitempty"` // args.cni.labels
 	Addresses     []netip.Addr      `json:"addresses"`
 	Masquerade    bool              `json:"masquerade,omitempty"` // ipMasq
+	// Pools are the subnets of the network's own ranges (none when they come from
+	// Node.podCIDRs): the agent adds them to the networks that are not masqueraded.
+	Pools []netip.Prefix `json:"pools,omitempty"`
 }
 
 // AttachRequest asks the agent to bind the attachment's addresses to its interface and
