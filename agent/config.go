@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"sigs.k8s.io/yaml"
@@ -91,7 +92,7 @@ func (c Config) withDefaults() (Config, error) {
 		if err != nil {
 			return c, fmt.Errorf("config field node is empty and the host has no name: %w", err)
 		}
-		c.Node = host
+		c.Node = strings.ToLower(host) // as the kubelet does
 	}
 	own := true
 	c.Network = cmp.Or(c.Network, NetworkRouted)

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"encoding/json"
 	"slices"
 	"strings"
 	"unique"
@@ -65,6 +66,17 @@ func (l Labels) Map() map[string]string {
 		m[k] = v
 	}
 	return m
+}
+
+// MarshalJSON writes the labels as an object.
+func (l Labels) MarshalJSON() ([]byte, error) { return json.Marshal(l.Map()) }
+
+// UnmarshalJSON reads an object of strings and interns it.
+func (l *Labels) UnmarshalJSON(b []byte) error {
+	var m map[string]string
+	err := json.Unmarshal(b, &m)
+	*l = MakeLabels(m)
+	return err
 }
 
 func (l Labels) String() string {
