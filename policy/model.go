@@ -170,7 +170,8 @@ type Peer struct {
 }
 
 // PodSelector selects pods. With Namespace set it is that namespace's pods; otherwise
-// those of the namespaces that Namespaces matches. Pods on the host network and
+// those of the namespaces that Namespaces matches (a namespace without an object has no
+// labels). Pods on the host network and
 // finished pods are never selected.
 type PodSelector struct {
 	Namespace  string
@@ -188,7 +189,8 @@ type Block struct {
 // PortMatch matches a protocol and a port of the flow's server side. For ICMP and
 // ICMPv6 the port is type<<8 | code. With Name set, First and Last are ignored and the
 // number is that of the first port of the destination pod with this name and protocol
-// (with AnyProtocol: the first with this name, its own protocol).
+// (with AnyProtocol: the first with this name, its own protocol). AnyProtocol with a
+// range other than 0 to 65535 means the protocols with ports: TCP, UDP and SCTP.
 type PortMatch struct {
 	Protocol    Protocol
 	First, Last uint16 // inclusive; 0 to 65535 means the whole protocol

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"net/netip"
 )
 
@@ -82,6 +83,14 @@ type Delta struct {
 	// be judged again: the epoch is changed with the last step, and again after the
 	// grace period.
 	Revokes bool
+	// Settle: the Drops of all earlier deltas must have been committed (after their
+	// grace period) before the first of Steps is: a packet in flight may still hold a
+	// profile for which the identities written here have no entries.
+	Settle bool
+	// Pause is the index of the step before which a grace period must pass, 0 for
+	// none. It is set when one change both opens and closes across directions and
+	// therefore goes through the meet of the old and the new policy.
+	Pause int
 }
 
 // Empty reports whether the delta changes nothing.
@@ -89,3 +98,22 @@ func (d Delta) Empty() bool { return len(d.Steps) == 0 && len(d.Drops) == 0 && !
 
 // Tables is the complete content of the engine's maps for one node.
 type Tables map[Key]uint32
+
+// Apply changes t as a kernel would: deleting an absent element or adding a present one
+// is an error, and t is then unchanged by that op and those after it.
+func (t Tables) Apply(ops []Op) error {
+	for _, op := range ops {
+		_, ok := t[op.Key]
+		switch {
+		case op.Delete && !ok:
+			return fmt.Errorf("delete element %+v: not in the table", op.Key)
+		case op.Delete:
+			delete(t, op.Key)
+		case ok:
+			return fmt.Errorf("add element %+v: already in the table", op.Key)
+		default:
+			t[op.Key] = op.Value
+		}
+	}
+	return nil
+}
