@@ -112,3 +112,6 @@ func sortProblems(ps []Problem) []Problem {
 	slices.SortFunc(ps, compareProblems)
 	return slices.Compact(ps)
 }
+
+// where is the place of the Problem as file:line.
+func (p Problem) where() string { return fmt.Sprintf("%s:%d", p.File, p.Line) }

@@ -1,0 +1,11 @@
+package k8s
+
+// AnnotationAddresses is the Pod annotation in which the agent of the pod's node
+// publishes the pod's addresses, separated by commas, when CNI ADD returns: before the
+// kubelet reports them as status.podIPs. A reader trusts it only within the
+// spec.podCIDRs of the pod's node.
+const AnnotationAddresses = "nftcni.io/addresses"
+
+// annotationConfigHash is the kubelet's annotation on mirror pods: the UID of the
+// static pod (k8s.io/kubernetes/pkg/kubelet/types.ConfigHashAnnotationKey).
+const annotationConfigHash = "kubernetes.io/config.hash"
