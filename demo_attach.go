@@ -32,12 +32,18 @@ type demoNode struct {
 
 	plugin   *libcni.CNIConfig
 	network  *libcni.NetworkConfigList
-	attached []*libcni.RuntimeConf
+	attached []attachedPod
 
 	agent     *agent.Client
 	stopAgent context.CancelFunc
 	agentEnd  chan struct{} // closed when the agent is gone
 	agentErr  error
+}
+
+// attachedPod is what a DEL repeats of its ADD.
+type attachedPod struct {
+	network *libcni.NetworkConfigList
+	runtime *libcni.RuntimeConf
 }
 
 // agentPatience bounds every wait for the agent.
@@ -156,7 +162,7 @@ func (n *demoNode) withLog(err error) error {
 
 // attach makes a pod's network namespace and adds it to the network as a container
 // runtime would.
-func (n *demoNode) attach(ctx context.Context, namespace, pod string) (*endpoint, error) {
+func (n *demoNode) attach(ctx context.Context, network *libcni.NetworkConfigList, namespace, pod string) (*endpoint, error) {
 	fd, err := newNetNS()
 	if err != nil {
 		return nil, err
@@ -166,11 +172,11 @@ func (n *demoNode) attach(ctx context.Context, namespace, pod string) (*endpoint
 		ContainerID: "demo-" + namespace + "-" + pod, NetNS: netnsPath(fd), IfName: "eth0",
 		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", namespace}, {"K8S_POD_NAME", pod}},
 	}
-	result, err := n.plugin.AddNetworkList(ctx, n.network, rt)
+	result, err := n.plugin.AddNetworkList(ctx, network, rt)
 	if err != nil {
 		return nil, n.withLog(fmt.Errorf("attach %s: %w", name, err))
 	}
-	n.attached = append(n.attached, rt)
+	n.attached = append(n.attached, attachedPod{network, rt})
 	current, err := types100.NewResultFromResult(result)
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: read the plugin's result: %w", name, err)
@@ -216,9 +222,9 @@ func (n *demoNode) change(ctx context.Context, f func() error) (time.Duration, e
 
 func (n *demoNode) detachAll(ctx context.Context) error {
 	var errs []error
-	for _, rt := range n.attached {
-		if err := n.plugin.DelNetworkList(ctx, n.network, rt); err != nil {
-			errs = append(errs, fmt.Errorf("detach %s: %w", rt.ContainerID, err))
+	for _, p := range n.attached {
+		if err := n.plugin.DelNetworkList(ctx, p.network, p.runtime); err != nil {
+			errs = append(errs, fmt.Errorf("detach %s: %w", p.runtime.ContainerID, err))
 		}
 	}
 	n.attached = nil

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"flag"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,10 +35,8 @@ func inFreshNode(t *testing.T, f func(*testing.T)) {
 		f(t)
 		return
 	}
-	args := []string{"-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=5m"}
-	if run := flag.Lookup("test.run").Value.String(); strings.Contains(run, t.Name()+"/") {
-		args[0] = "-test.run=" + run // one subtest of it
-	}
+	only := "^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$"
+	args := []string{"-test.run=" + only, "-test.v", "-test.timeout=5m"}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), insideNode+"="+t.Name())
 	cmd.SysProcAttr = nodeNamespaces()

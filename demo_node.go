@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -68,8 +69,11 @@ func privateRun() error {
 
 // setUpNode makes the calling process's network namespace a node: forwarding, and an
 // uplink to the outside host's namespace, which gets the addresses of outside on its
-// loopback and is the node's route to them.
+// loopback and is the node's route to them. Those on the link itself it has anyway.
 func setUpNode(outsideNS int, outside []netip.Addr) error {
+	outside = slices.DeleteFunc(slices.Clone(outside), func(a netip.Addr) bool {
+		return slices.ContainsFunc(outsidePrefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+	})
 	for _, name := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
 		if err := os.WriteFile(filepath.Join("/proc/sys", name), []byte("1"), 0); err != nil {
 			return fmt.Errorf("turn forwarding on: %w", err)
@@ -91,9 +95,9 @@ func setUpNode(outsideNS int, outside []netip.Addr) error {
 		if err := addAddresses("eth0", outsidePrefixes); err != nil {
 			return err
 		}
-		own := make([]netip.Prefix, len(outside))
-		for i, a := range outside {
-			own[i] = netip.PrefixFrom(a, a.BitLen())
+		var own []netip.Prefix
+		for _, a := range outside {
+			own = append(own, netip.PrefixFrom(a, a.BitLen()))
 		}
 		if err := addAddresses("lo", own); err != nil {
 			return err

@@ -210,6 +210,26 @@ func newProber(sources int, quiet time.Duration) prober {
 	}
 }
 
+// askAll sends the probes. A silent probe that should have been answered is asked once
+// more with all the time it may want, so that nothing but policy can make it differ.
+func askAll(ctx context.Context, probes []*probe, expected func(*probe) bool) error {
+	const quiet = 250 * time.Millisecond
+	sources := make(map[*endpoint]bool)
+	for _, p := range probes {
+		sources[p.src] = true
+	}
+	if err := newProber(len(sources), quiet).run(ctx, probes); err != nil {
+		return err
+	}
+	var silent []*probe
+	for _, p := range probes {
+		if !p.answered && expected(p) {
+			silent = append(silent, p)
+		}
+	}
+	return newProber(len(sources), 6*quiet).run(ctx, silent)
+}
+
 // run sends the probes, all sources at once, and notes which were answered. An error
 // is what no policy can cause: a refused connection, an answer of somebody else, no
 // route, no socket.

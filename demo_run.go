@@ -24,7 +24,6 @@ type demo struct {
 	node     *demoNode
 	expected matrix
 	ends     []*endpoint // in the order of expected.names
-	quiet    time.Duration
 }
 
 // The outside host's addresses, by the name of their row.
@@ -39,7 +38,7 @@ func outsideEnds() map[string][]netip.Addr {
 
 func newDemo(out, errOut io.Writer) *demo {
 	colour := isTerminal(out) && os.Getenv("NO_COLOR") == ""
-	return &demo{out: out, progress: newProgress(errOut), print: printer{out, colour}, quiet: 250 * time.Millisecond}
+	return &demo{out: out, progress: newProgress(errOut), print: printer{out, colour}}
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
@@ -98,7 +97,7 @@ func (d *demo) attach(ctx context.Context) error {
 		if namespace, pod, isPod := strings.Cut(name, "/"); isPod {
 			d.progress.step("attaching pods through libcni: %s", name)
 			begin := time.Now()
-			e, err := d.node.attach(ctx, namespace, pod)
+			e, err := d.node.attach(ctx, d.node.network, namespace, pod)
 			if err != nil {
 				return err
 			}
@@ -123,22 +122,12 @@ func (d *demo) attach(ctx context.Context) error {
 	return nil
 }
 
-// ask sends the probes of the matrix. A silent probe that should have been answered is
-// asked once more with all the time it may want, so that only policy can make it differ.
+// ask sends the probes of the matrix.
 func (d *demo) ask(ctx context.Context) ([]*probe, time.Duration, error) {
 	probes := d.expected.probes(d.ends)
 	d.progress.step("asking %d times with real packets", len(probes))
 	begin := time.Now()
-	if err := newProber(len(d.ends), d.quiet).run(ctx, probes); err != nil {
-		return nil, 0, err
-	}
-	var silent []*probe
-	for _, p := range probes {
-		if !p.answered && d.expected.expects(p) {
-			silent = append(silent, p)
-		}
-	}
-	err := newProber(len(d.ends), 6*d.quiet).run(ctx, silent)
+	err := askAll(ctx, probes, d.expected.expects)
 	d.progress.clear()
 	return probes, time.Since(begin), err
 }
