@@ -2,6 +2,7 @@ package k8s
 
 import (
 	"cmp"
+	"iter"
 	"maps"
 	"reflect"
 	"slices"
@@ -276,18 +277,24 @@ func (inv *inventory) problems() []Problem {
 
 // cluster is everything in force, sorted by name.
 func (inv *inventory) cluster() *policy.Cluster {
-	var events []policy.Event
-	for _, h := range inv.inForce {
-		if h.value.Namespace == nil {
-			events = append(events, h.value)
+	return snapshot(func(yield func(policy.Event) bool) {
+		for key, h := range inv.inForce {
+			if key.kind != "Namespace" && !yield(h.value) {
+				return
+			}
 		}
-	}
-	for _, ns := range inv.namespaces {
-		events = append(events, policy.Event{Namespace: &ns})
-	}
-	slices.SortFunc(events, compareEvents)
+		for _, ns := range inv.namespaces {
+			if !yield(policy.Event{Namespace: &ns}) {
+				return
+			}
+		}
+	})
+}
+
+// snapshot collects the objects of events that delete nothing, sorted by name.
+func snapshot(objects iter.Seq[policy.Event]) *policy.Cluster {
 	c := &policy.Cluster{}
-	for _, e := range events {
+	for _, e := range slices.SortedFunc(objects, compareEvents) {
 		switch {
 		case e.Namespace != nil:
 			c.Namespaces = append(c.Namespaces, *e.Namespace)

@@ -41,6 +41,11 @@ type Manifests struct {
 	log *slog.Logger
 }
 
+// ManifestOptions of NewManifests; the zero value is usable.
+type ManifestOptions struct {
+	Log *slog.Logger // nil: discard
+}
+
 // NewManifests returns the Source for dir, which must exist when Run is called.
 func NewManifests(dir string, o ManifestOptions) *Manifests {
 	if o.Log == nil {

@@ -208,7 +208,7 @@ func unsupported(h header, at Problem) Problem {
 	case h.Kind == "NetworkPolicy" && (group == "networking.k8s.io" || group == "extensions"):
 		at.Message, at.Field = "unsupported version "+quote(h.APIVersion)+" of NetworkPolicy", "apiVersion"
 		at.Remedy = "use apiVersion: networking.k8s.io/v1"
-	case strings.Contains(h.Kind, "NetworkPolicy"):
+	case strings.Contains(h.Kind, "NetworkPolicy"), strings.Contains(group, "calico"), strings.Contains(group, "cilium"):
 		at.Remedy = "express it as a NetworkPolicy of networking.k8s.io/v1"
 	case group == "apps" || group == "batch":
 		at.Severity, at.Remedy = Warning, "give the Pods themselves: there is no controller here that makes them"

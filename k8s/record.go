@@ -1,0 +1,130 @@
+package k8s
+
+import (
+	"fmt"
+	"hash/maphash"
+	"net/netip"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/nftcni/nftcni/policy"
+)
+
+// A record is what is kept of an API object on its way from the reflector to the Sink.
+// The reflector's own buffer of a first list holds records too, so an object is
+// stripped as soon as it is decoded. ObjectMeta holds name and namespace only.
+type record struct {
+	metav1.ObjectMeta
+	value  policy.Event
+	faults faults
+	digest uint64
+	uid    string // metadata.uid
+	// claimed are the addresses of AnnotationAddresses, if the status has none yet.
+	claimed []netip.Addr
+}
+
+// seed of the digests. One per process: digests are never stored.
+type digester struct{ seed maphash.Seed }
+
+// transform implements cache.TransformFunc; it is idempotent.
+func (d digester) transform(obj any) (any, error) {
+	switch o := obj.(type) {
+	case *record, cache.DeletedFinalStateUnknown:
+		return o, nil
+	case *corev1.Namespace:
+		return d.namespace(o), nil
+	case *corev1.Node:
+		return d.node(o), nil
+	case *corev1.Pod:
+		return d.pod(o), nil
+	case *networkingv1.NetworkPolicy:
+		return d.policy(o), nil
+	}
+	return nil, fmt.Errorf("unexpected object of type %T", obj)
+}
+
+func newRecord(m *metav1.ObjectMeta) *record {
+	return &record{ObjectMeta: metav1.ObjectMeta{Name: m.Name, Namespace: m.Namespace}, uid: string(m.UID)}
+}
+
+func (d digester) namespace(o *corev1.Namespace) *record {
+	r := newRecord(&o.ObjectMeta)
+	ns := convertNamespace(o, &r.faults)
+	r.value.Namespace = &ns
+	r.digest = maphash.Comparable(d.seed, ns)
+	return r
+}
+
+func (d digester) node(o *corev1.Node) *record {
+	r := newRecord(&o.ObjectMeta)
+	n := convertNode(o, &r.faults)
+	r.value.Node = &n
+	r.digest = maphash.String(d.seed, fmt.Sprint(n))
+	return r
+}
+
+func (d digester) pod(o *corev1.Pod) *record {
+	r := newRecord(&o.ObjectMeta)
+	p := convertPod(o, &r.faults)
+	if len(p.Addrs) == 0 {
+		r.claimed = claimedAddrs(o.Annotations[AnnotationAddresses], &r.faults)
+	}
+	r.value.Pod = &p
+	var h maphash.Hash
+	h.SetSeed(d.seed)
+	for _, s := range []string{r.uid, p.UID, p.Node} {
+		maphash.WriteComparable(&h, s)
+	}
+	maphash.WriteComparable(&h, p.Labels)
+	maphash.WriteComparable(&h, [2]bool{p.HostNetwork, p.Finished})
+	for _, a := range p.Addrs {
+		maphash.WriteComparable(&h, a)
+	}
+	for _, n := range p.Ports {
+		maphash.WriteComparable(&h, n)
+	}
+	maphash.WriteComparable(&h, len(p.Addrs))
+	for _, a := range r.claimed {
+		maphash.WriteComparable(&h, a)
+	}
+	r.digest = h.Sum64()
+	return r
+}
+
+// policy relies on metadata.generation, which the API server increments with every
+// change of the spec.
+func (d digester) policy(o *networkingv1.NetworkPolicy) *record {
+	r := newRecord(&o.ObjectMeta)
+	p := convertPolicy(o, &r.faults)
+	r.value.Policy = &p
+	version := fmt.Sprintf("%s %d", r.uid, o.Generation)
+	if o.Generation == 0 {
+		version = r.uid + " " + o.ResourceVersion
+	}
+	r.digest = maphash.String(d.seed, version)
+	return r
+}
+
+// maxClaimed bounds the annotation, which anyone who may change the pod can write.
+const maxClaimed = 8
+
+// claimedAddrs parses AnnotationAddresses.
+func claimedAddrs(s string, f *faults) []netip.Addr {
+	if s == "" {
+		return nil
+	}
+	var out []netip.Addr
+	for part := range strings.SplitSeq(s, ",") {
+		a, err := netip.ParseAddr(strings.TrimSpace(part))
+		if err != nil || a.Zone() != "" || len(out) == maxClaimed {
+			f.warn(nil, "leave this annotation to the agent of the pod's node", "annotation %s is ignored: %s is not a list of at most %d addresses", AnnotationAddresses, quote(s), maxClaimed)
+			return nil
+		}
+		out = appendAddr(out, a.Unmap())
+	}
+	return out
+}
