@@ -1,0 +1,67 @@
+package debug
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nftcni/nftcni/agent"
+	"github.com/nftcni/nftcni/cni"
+)
+
+// Exit statuses beside 0 and 1.
+const (
+	// ExitDisagree: the oracle and the kernel's tables give different answers.
+	ExitDisagree = 2
+)
+
+// ExitError is an error with an exit status of its own.
+type ExitError struct {
+	Status int
+	Err    error
+}
+
+func (e *ExitError) Error() string { return e.Err.Error() }
+func (e *ExitError) Unwrap() error { return e.Err }
+
+// session is what every command works with.
+type session struct {
+	runDir, stateDir string
+	format           string
+}
+
+// NewCommand returns `nftcni debug` with its subcommands.
+func NewCommand() *cobra.Command {
+	s := &session{}
+	cmd := &cobra.Command{
+		Use:   "debug",
+		Short: "Ask what is in force on this node, and why",
+		Long: "Ask what is in force on this node, and why.\n\n" +
+			"Every command prints a table, or with -o json|yaml a stable form for programs.",
+		Args: cobra.NoArgs,
+	}
+	f := cmd.PersistentFlags()
+	f.StringVar(&s.runDir, "run-dir", cni.DefaultRunDir, "the agent's runDir (its socket is in it)")
+	f.StringVar(&s.stateDir, "state-dir", cni.DefaultStateDir, "the agent's stateDir (the leases are in it)")
+	f.StringVarP(&s.format, "output", "o", "table", "table, json or yaml")
+	cmd.AddCommand(s.statusCommand(), s.podsCommand(), s.policiesCommand(), s.ipamCommand(), s.whyCommand())
+	return cmd
+}
+
+// get asks the agent and explains what to do when it does not run.
+func (s *session) get(ctx context.Context, path string, v any) error {
+	socket := filepath.Join(s.runDir, cni.SocketName)
+	err := agent.NewClient(socket).Get(ctx, path, v)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("no agent answers on %s: start it (nftcni agent, systemctl start nftcni-agent), or name its runDir with --run-dir", socket)
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("the agent on %s answers root and its own user only: %w", socket, err)
+	}
+	return err
+}

@@ -1,0 +1,361 @@
+package nft
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/nftcni/nftcni/policy"
+)
+
+// ErrNoTable says that the kernel holds no table inet nftcni in the namespace.
+var ErrNoTable = errors.New("the kernel holds no table inet " + TableName + " here")
+
+// Reader looks into the table without ever writing: no lock, no owner, no table made. It
+// works beside the agent and without one. It is used by one goroutine.
+type Reader struct {
+	conn *netlink.Conn
+	sets map[string]bool
+}
+
+// NewReader opens the table of the caller's network namespace, or that of o.NetNS; the
+// other options are ignored. It returns ErrNoTable when there is none.
+func NewReader(ctx context.Context, o Options) (*Reader, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: o.NetNS})
+	if err != nil {
+		return nil, fmt.Errorf("dial nfnetlink: %w", err)
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := conn.SetDeadline(deadline); err != nil {
+			return nil, errors.Join(fmt.Errorf("set deadline: %w", err), conn.Close())
+		}
+	}
+	r := &Reader{conn: conn}
+	if r.sets, err = r.setNames(); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return r, nil
+}
+
+// Close ends the reader.
+func (r *Reader) Close() error { return r.conn.Close() }
+
+// Decide evaluates f by reading single elements, in the order in which the ruleset looks
+// them up. Its Lookups say which elements were found.
+func (r *Reader) Decide(ctx context.Context, f policy.Flow) (policy.TableVerdict, error) {
+	var failed error
+	v := policy.DecideWith(func(k policy.Key) (uint32, bool) {
+		value, found, err := r.Lookup(ctx, k)
+		if failed == nil {
+			failed = err
+		}
+		return value, found
+	}, f)
+	return v, failed
+}
+
+// Lookup reads one element. For NetID the range that holds k.Addr is meant, for
+// AccessRange the one that holds k.First. The value of a set's member is 0.
+func (r *Reader) Lookup(ctx context.Context, k policy.Key) (value uint32, found bool, err error) {
+	name := ElementSet(k)
+	if err := ctx.Err(); err != nil {
+		return 0, false, err
+	}
+	if !r.sets[name] {
+		return 0, false, fmt.Errorf("table inet %s has no set %s: it is not this version's", TableName, name)
+	}
+	msg, err := setElementRequest(name, encodeKey(k).first)
+	if err != nil {
+		return 0, false, fmt.Errorf("encode element of %s: %w", name, err)
+	}
+	replies, err := r.conn.Execute(msg)
+	if errors.Is(err, unix.ENOENT) {
+		return 0, false, nil
+	}
+	if err != nil {
+		return 0, false, fmt.Errorf("read element of %s: %w", name, err)
+	}
+	return lookupReply(replies)
+}
+
+func setElementRequest(set string, key []byte) (netlink.Message, error) {
+	e := netlink.NewAttributeEncoder()
+	e.String(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
+	e.String(unix.NFTA_SET_ELEM_LIST_SET, set)
+	e.Nested(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(e *netlink.AttributeEncoder) error {
+		e.Nested(unix.NFTA_LIST_ELEM, func(e *netlink.AttributeEncoder) error {
+			e.Nested(unix.NFTA_SET_ELEM_KEY, func(e *netlink.AttributeEncoder) error {
+				e.Bytes(unix.NFTA_DATA_VALUE, key)
+				return nil
+			})
+			return nil
+		})
+		return nil
+	})
+	return nfnetlinkRequest(unix.NFT_MSG_GETSETELEM, 0, e)
+}
+
+// nfnetlinkRequest is a request about the family inet.
+func nfnetlinkRequest(kind netlink.HeaderType, flags netlink.HeaderFlags, e *netlink.AttributeEncoder) (netlink.Message, error) {
+	attrs, err := e.Encode()
+	if err != nil {
+		return netlink.Message{}, err
+	}
+	return netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | kind, Flags: netlink.Request | flags},
+		Data:   append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, attrs...),
+	}, nil
+}
+
+func lookupReply(replies []netlink.Message) (value uint32, found bool, err error) {
+	for _, m := range replies {
+		elements, err := decodeElements(m)
+		if err != nil {
+			return 0, false, err
+		}
+		for _, e := range elements {
+			if len(e.data) >= 4 {
+				value = binary.NativeEndian.Uint32(e.data)
+			}
+			found = true
+		}
+	}
+	return value, found, nil
+}
+
+// rawElement is one element as the kernel sends it.
+type rawElement struct {
+	key, keyEnd, data []byte
+	flags             uint32
+	packets, bytes    uint64
+	comment           string
+}
+
+// decodeElements reads one NFT_MSG_NEWSETELEM.
+func decodeElements(m netlink.Message) ([]rawElement, error) {
+	if len(m.Data) < 4 {
+		return nil, errors.New("message of elements is cut short")
+	}
+	var out []rawElement
+	d, err := netlink.NewAttributeDecoder(m.Data[4:])
+	if err != nil {
+		return nil, fmt.Errorf("decode elements: %w", err)
+	}
+	for d.Next() {
+		if d.Type() != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+			continue
+		}
+		d.Nested(func(d *netlink.AttributeDecoder) error {
+			for d.Next() {
+				var e rawElement
+				d.Nested(e.decode)
+				out = append(out, e)
+			}
+			return nil
+		})
+	}
+	if err := d.Err(); err != nil {
+		return nil, fmt.Errorf("decode elements: %w", err)
+	}
+	return out, nil
+}
+
+func (e *rawElement) decode(d *netlink.AttributeDecoder) error {
+	d.ByteOrder = binary.BigEndian
+	value := func(into *[]byte) func(*netlink.AttributeDecoder) error {
+		return func(d *netlink.AttributeDecoder) error {
+			for d.Next() {
+				if d.Type() == unix.NFTA_DATA_VALUE {
+					*into = slices.Clone(d.Bytes())
+				}
+			}
+			return nil
+		}
+	}
+	for d.Next() {
+		switch d.Type() {
+		case unix.NFTA_SET_ELEM_KEY:
+			d.Nested(value(&e.key))
+		case nftaSetElemKeyEnd:
+			d.Nested(value(&e.keyEnd))
+		case unix.NFTA_SET_ELEM_DATA:
+			d.Nested(value(&e.data))
+		case unix.NFTA_SET_ELEM_FLAGS:
+			e.flags = d.Uint32()
+		case unix.NFTA_SET_ELEM_EXPR:
+			d.Nested(e.decodeCounter)
+		case unix.NFTA_SET_ELEM_USERDATA:
+			e.comment = elementComment(d.Bytes())
+		}
+	}
+	return nil
+}
+
+// Attributes that golang.org/x/sys/unix does not name (linux/netfilter/nf_tables.h).
+const (
+	nftaSetElemKeyEnd      = 10
+	nftaSetElemExpressions = 11
+)
+
+// decodeCounter reads NFTA_EXPR_NAME and NFTA_EXPR_DATA of a counter.
+func (e *rawElement) decodeCounter(d *netlink.AttributeDecoder) error {
+	name := ""
+	for d.Next() {
+		switch {
+		case d.Type() == unix.NFTA_EXPR_NAME:
+			name = d.String()
+		case d.Type() == unix.NFTA_EXPR_DATA && name == "counter":
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				d.ByteOrder = binary.BigEndian
+				for d.Next() {
+					switch d.Type() {
+					case unix.NFTA_COUNTER_BYTES:
+						e.bytes = d.Uint64()
+					case unix.NFTA_COUNTER_PACKETS:
+						e.packets = d.Uint64()
+					}
+				}
+				return nil
+			})
+		}
+	}
+	return nil
+}
+
+// elementComment finds the comment in an element's user data: type 0, length, text and NUL
+// (libnftnl, NFTNL_UDATA_SET_ELEM_COMMENT).
+func elementComment(b []byte) string {
+	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
+		if n := int(b[1]); b[0] == 0 && n > 0 {
+			return string(b[2 : 2+n-1])
+		}
+		b = b[2+int(b[1]):]
+	}
+	return ""
+}
+
+// setNames lists the sets and maps of the table.
+func (r *Reader) setNames() (map[string]bool, error) {
+	e := netlink.NewAttributeEncoder()
+	e.String(unix.NFTA_SET_TABLE, TableName)
+	msg, err := nfnetlinkRequest(unix.NFT_MSG_GETSET, netlink.Dump, e)
+	if err != nil {
+		return nil, fmt.Errorf("encode: %w", err)
+	}
+	replies, err := r.conn.Execute(msg)
+	if errors.Is(err, unix.EPERM) {
+		return nil, fmt.Errorf("list sets: run as root (CAP_NET_ADMIN in this network namespace): %w", err)
+	}
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("list sets: %w", err)
+	}
+	names := map[string]bool{}
+	for _, m := range replies {
+		name, err := setName(m)
+		if err != nil {
+			return nil, err
+		}
+		if name != "" {
+			names[name] = true
+		}
+	}
+	if len(names) == 0 {
+		return nil, ErrNoTable
+	}
+	return names, nil
+}
+
+// setName is the name in a NFT_MSG_NEWSET of our table. Kernels ignore the request's
+// table name in dumps of some versions, so it is compared here.
+func setName(m netlink.Message) (string, error) {
+	if len(m.Data) < 4 || m.Data[0] != unix.NFPROTO_INET {
+		return "", nil
+	}
+	d, err := netlink.NewAttributeDecoder(m.Data[4:])
+	if err != nil {
+		return "", fmt.Errorf("decode set: %w", err)
+	}
+	var table, name string
+	for d.Next() {
+		switch d.Type() {
+		case unix.NFTA_SET_TABLE:
+			table = d.String()
+		case unix.NFTA_SET_NAME:
+			name = d.String()
+		}
+	}
+	if err := d.Err(); err != nil {
+		return "", fmt.Errorf("decode set: %w", err)
+	}
+	if table != TableName {
+		return "", nil
+	}
+	return name, nil
+}
+
+// dump reads every element of a set; one that does not exist has none.
+func (r *Reader) dump(set string) ([]rawElement, error) {
+	if !r.sets[set] {
+		return nil, nil
+	}
+	e := netlink.NewAttributeEncoder()
+	e.String(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
+	e.String(unix.NFTA_SET_ELEM_LIST_SET, set)
+	msg, err := nfnetlinkRequest(unix.NFT_MSG_GETSETELEM, netlink.Dump, e)
+	if err != nil {
+		return nil, fmt.Errorf("encode: %w", err)
+	}
+	replies, err := r.conn.Execute(msg)
+	if err != nil {
+		return nil, fmt.Errorf("dump %s: %w", set, err)
+	}
+	var out []rawElement
+	for _, m := range replies {
+		elements, err := decodeElements(m)
+		if err != nil {
+			return nil, fmt.Errorf("set %s: %w", set, err)
+		}
+		out = append(out, elements...)
+	}
+	return out, nil
+}
+
+// Denial is one entry of denied4 or denied6: who was refused, how often.
+type Denial struct {
+	Profile  uint32     `json:"profile"`
+	Src, Dst netip.Addr `json:"-"`
+	Packets  uint64     `json:"packets"`
+	Bytes    uint64     `json:"bytes"`
+}
+
+// Denials reads the denied sets.
+func (r *Reader) Denials(ctx context.Context) ([]Denial, error) {
+	var out []Denial
+	for _, family := range []struct {
+		set  string
+		size int
+	}{{"denied4", 4}, {"denied6", 16}} {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		elements, err := r.dump(family.set)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range elements {
+			if len(e.key) != 4+2*family.size {
+				return nil, fmt.Errorf("set %s: key of %d bytes, want %d: the table is not this version's", family.set, len(e.key), 4+2*family.size)
+			}
+			src, _ := netip.AddrFromSlice(e.key[4 : 4+family.size])
+			dst, _ := netip.AddrFromSlice(e.key[4+family.size:])
+			out = append(out, Denial{Profile: binary.NativeEndian.Uint32(e.key), Src: src, Dst: dst, Packets: e.packets, Bytes: e.bytes})
+		}
+	}
+	return out, nil
+}
