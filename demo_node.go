@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -109,6 +111,9 @@ func setUpNode(outsideNS int, outside []netip.Addr) error {
 	if err != nil {
 		return fmt.Errorf("set up the outside host: %w", err)
 	}
+	if err := errors.Join(awaitCarrier("uplink"), inNetNS(outsideNS, func() error { return awaitCarrier("eth0") })); err != nil {
+		return err
+	}
 	for _, a := range outside {
 		via := outsidePrefixes[0].Addr()
 		if a.Is6() {
@@ -119,6 +124,30 @@ func setUpNode(outsideNS int, outside []netip.Addr) error {
 		}
 	}
 	return nil
+}
+
+// awaitCarrier waits until the kernel has noticed that both ends of a veth are up, which
+// it may do up to a second later: before that it does not join IPv6's multicast groups,
+// and nobody finds the neighbour.
+func awaitCarrier(name string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("find link %s: %w", name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("link %s has no carrier: %w", name, ctx.Err())
+		}
+	}
 }
 
 // addAddresses adds addresses without duplicate detection, usable at once, and sets
