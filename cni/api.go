@@ -10,6 +10,9 @@ const (
 	PathAttach = "/v1/attach" // POST AttachRequest -> AttachResponse
 	PathDetach = "/v1/detach" // POST DetachRequest -> {}
 	PathReady  = "/v1/ready"  // GET -> Ready
+	// PathBound is what CHECK asks: POST AttachRequest -> {} when the attachment is bound
+	// with the same content, else Error with code 3. It changes nothing.
+	PathBound = "/v1/bound"
 )
 
 // Default places. The run directory is on tmpfs: attachments do not survive a reboot,
