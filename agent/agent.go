@@ -1,0 +1,169 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/k8s"
+	"github.com/nftcni/nftcni/nft"
+	"github.com/nftcni/nftcni/policy"
+)
+
+// Options of Run.
+type Options struct {
+	Config Config
+	Source k8s.Source
+	Log    *slog.Logger
+	// WaitForPods makes attachments wait, at most Config.PodWait, until the source lists
+	// their pod: right with an API server, wrong with manifests, where a pod may have none.
+	WaitForPods bool
+	// Listening is called when the table is adopted and the socket answers; the source may
+	// be unknown for long after. Serving is called when its first complete state is in force.
+	// Their errors are logged.
+	Listening, Serving func() error
+	// TableSocket is the socket that owns the table, kept by systemd for a predecessor;
+	// KeepSocket hands it to systemd for a successor. Both may be nil.
+	TableSocket *os.File
+	KeepSocket  func(*os.File) error
+}
+
+// Run serves until ctx ends and leaves the rules in force. An error is one that waiting
+// cannot cure: a second agent, an unusable source, a kernel that refuses the table.
+func Run(ctx context.Context, o Options) error {
+	if err := os.MkdirAll(o.Config.RunDir, 0o700); err != nil {
+		return fmt.Errorf("make the run directory: %w", err)
+	}
+	held, err := lock(o.Config.RunDir)
+	if err != nil {
+		return err
+	}
+	defer held.Close()
+	opts := nft.Options{Owner: *o.Config.OwnTable, Socket: o.TableSocket, Log: o.Log}
+	table, err := nft.Open(ctx, opts)
+	if err != nil {
+		return fmt.Errorf("open table: %w", err)
+	}
+	opts.Socket = nil // it is in use
+	keepSocket(o, table)
+	l := newLoop(o.Config, o.Log, table)
+	l.waitForPods = o.WaitForPods
+	l.reopen = func(ctx context.Context) (dataplane, error) { return nft.Open(ctx, opts) }
+	defer func() { _ = l.table.Close() }()
+	l.loadAttachments()
+	return l.serveAll(ctx, o, opts)
+}
+
+func keepSocket(o Options, table *nft.Table) {
+	if o.KeepSocket == nil || !*o.Config.OwnTable {
+		return
+	}
+	f, err := table.File()
+	if err == nil {
+		err = errors.Join(o.KeepSocket(f), f.Close())
+	}
+	if err != nil {
+		o.Log.Warn("the socket that owns the table is not kept for a successor", "err", err)
+	}
+}
+
+// told calls a callback of Options.
+func (o Options) told(what string, f func() error) {
+	if f == nil {
+		return
+	}
+	if err := f(); err != nil {
+		o.Log.Error("callback failed", "when", what, "err", err)
+	}
+}
+
+// loadAttachments takes up what the plugin recorded before this process started.
+func (l *loop) loadAttachments() {
+	list, errs := cni.Attachments(l.cfg.RunDir)
+	for _, err := range errs {
+		l.log.Error("attachment record unreadable: its pod stays closed until it is attached again", "err", err)
+	}
+	for _, a := range list {
+		if err := checkAttachment(a); err != nil {
+			l.log.Error("attachment record refused", "err", err)
+			continue
+		}
+		l.inv.attach(a)
+	}
+}
+
+// serveAll runs the loop, the source, the socket and the watches until the first of
+// them fails or ctx ends.
+func (l *loop) serveAll(ctx context.Context, o Options, opts nft.Options) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	ln, err := listen(o.Config.Socket())
+	if err != nil {
+		return err
+	}
+	srv := newServer(o.Config, o.Log, l)
+	var tasks sync.WaitGroup
+	start := func(name string, run func() error) {
+		tasks.Go(func() {
+			if err := run(); err != nil && ctx.Err() == nil {
+				cancel(fmt.Errorf("%s: %w", name, err))
+			}
+		})
+	}
+	start("loop", func() error { return l.run(ctx) })
+	start("socket", func() error { return serveHTTP(&srv.http, ln) })
+	start("source", func() error {
+		return o.Source.Run(ctx, sink{ctx, l, func() { o.told("serving", o.Serving) }, new([]k8s.Problem)})
+	})
+	start("watch", func() error { return l.watch(ctx, opts) })
+	start("orphans", func() error { return l.reconcile(ctx) })
+	o.told("listening", o.Listening)
+	<-ctx.Done()
+	stop, done := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer done()
+	err = srv.http.Shutdown(stop)
+	tasks.Wait()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return errors.Join(cause, err)
+	}
+	l.log.Info("stopped; the rules stay in force")
+	return nil
+}
+
+func serveHTTP(s *http.Server, ln net.Listener) error {
+	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// sink is the loop as k8s.Sink.
+type sink struct {
+	ctx     context.Context
+	loop    *loop
+	serving func()
+	known   *[]k8s.Problem // already logged
+}
+
+// Replace implements k8s.Sink.
+func (s sink) Replace(c *policy.Cluster, problems []k8s.Problem) {
+	s.logProblems(problems)
+	_ = s.loop.send(s.ctx, s.loop.replace(c, problems))
+	err := s.loop.do(s.ctx, func() {}) // the batch before this one is committed
+	if err == nil && s.serving != nil {
+		s.serving()
+	}
+}
+
+// Apply implements k8s.Sink.
+func (s sink) Apply(events []policy.Event, problems []k8s.Problem) {
+	s.logProblems(problems)
+	_ = s.loop.send(s.ctx, s.loop.apply(events, problems))
+}

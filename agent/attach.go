@@ -1,0 +1,236 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"time"
+
+	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/nft"
+	"github.com/nftcni/nftcni/policy"
+)
+
+// Error codes of the CNI specification that the plugin reports for the agent.
+const (
+	codeInvalidRequest uint = 4  // invalid necessary environment variables
+	codeDecode         uint = 6  // failed to decode content
+	codeTryAgain       uint = 11 // try again later
+	codeInternal       uint = 999
+)
+
+var hostInterfaceName = regexp.MustCompile(`^nft[0-9a-f]{12}$`)
+
+// attachWork is one attachment on its way into the kernel.
+type attachWork struct {
+	attachment cni.Attachment
+	answer     chan attachAnswer // capacity 1: the loop never waits for the requester
+}
+
+type attachAnswer struct {
+	receipt nft.Receipt
+	err     *cni.Error
+}
+
+// attach binds a and puts its pod's policy in force; it answers after the kernel's ACK.
+// With an API server it waits, at most cfg.PodWait, until the source lists the pod.
+func (l *loop) attach(ctx context.Context, a cni.Attachment) (cni.AttachResponse, *cni.Error) {
+	began := time.Now()
+	if err := checkAttachment(a); err != nil {
+		return cni.AttachResponse{}, &cni.Error{Code: codeInvalidRequest, Message: err.Error()}
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(l.cfg.PodWait)+5*time.Second)
+	defer cancel()
+	w := &attachWork{attachment: a, answer: make(chan attachAnswer, 1)}
+	if err := l.send(ctx, func(b *batch) { l.admitOrWait(b, w) }); err != nil {
+		return cni.AttachResponse{}, tryAgain("the agent is busy: %v", err)
+	}
+	wait := time.NewTimer(time.Duration(l.cfg.PodWait))
+	defer wait.Stop()
+	for {
+		select {
+		case got := <-w.answer:
+			return cni.AttachResponse{Generation: got.receipt.Generation, Micros: time.Since(began).Microseconds()}, got.err
+		case <-wait.C:
+			_ = l.send(ctx, func(*batch) { l.giveUp(w) })
+		case <-ctx.Done():
+			_ = l.send(context.WithoutCancel(ctx), func(b *batch) { l.giveUp(w) })
+			return cni.AttachResponse{}, tryAgain("attach %s: %v", podName(a), ctx.Err())
+		}
+	}
+}
+
+func tryAgain(format string, args ...any) *cni.Error {
+	return &cni.Error{Code: codeTryAgain, Message: fmt.Sprintf(format, args...)}
+}
+
+func checkAttachment(a cni.Attachment) error {
+	switch {
+	case a.ContainerID == "" || a.Interface == "":
+		return errors.New("attach: containerID and interface must not be empty")
+	case !hostInterfaceName.MatchString(a.HostInterface):
+		return fmt.Errorf("attach: hostInterface %q is not nft and 12 hex digits", a.HostInterface)
+	case len(a.Addresses) == 0 || len(a.Addresses) > 16:
+		return fmt.Errorf("attach %s: %d addresses, want 1 to 16", a.HostInterface, len(a.Addresses))
+	}
+	for i, addr := range a.Addresses {
+		if !usable(addr) || slices.Contains(a.Addresses[:i], addr) {
+			return fmt.Errorf("attach %s: %s cannot be a pod's address, or stands twice", a.HostInterface, addr)
+		}
+	}
+	return nil
+}
+
+func usable(a netip.Addr) bool {
+	return a.IsValid() && a.Zone() == "" && !a.Is4In6() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() &&
+		!a.IsLinkLocalUnicast() && a != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+}
+
+// admitOrWait admits w when its pod is known or need not be.
+func (l *loop) admitOrWait(b *batch, w *attachWork) {
+	a := w.attachment
+	ready := l.synced || b.replace
+	if ready && (!l.waitForPods || a.Pod == "" || l.inv.knows(a)) {
+		l.admitOne(b, w)
+		return
+	}
+	n := podName(a)
+	l.waiting[n] = append(l.waiting[n], w)
+}
+
+// admitPod admits what waits for a pod that the source now lists.
+func (l *loop) admitPod(b *batch, n policy.Name) {
+	list := l.waiting[n]
+	if len(list) == 0 {
+		return
+	}
+	delete(l.waiting, n)
+	for _, w := range list {
+		l.admitOrWait(b, w)
+	}
+}
+
+func (l *loop) admit(b *batch) {
+	for n := range l.waiting {
+		l.admitPod(b, n)
+	}
+}
+
+// admitOne adds w to the batch.
+func (l *loop) admitOne(b *batch, w *attachWork) {
+	a := w.attachment
+	if old := l.inv.attached[a.HostInterface]; old != nil && sameAttachment(old.Attachment, a) && !b.touched[a.HostInterface] {
+		b.answers = append(b.answers, w.done) // asked again: the policy is in force already
+		return
+	}
+	if holder := l.holder(a); holder != "" {
+		w.refuse(&cni.Error{Code: codeInternal, Message: fmt.Sprintf(
+			"attach %s: an address of it is bound to %s; remove that attachment first (nftcni debug pods)", podName(a), holder)})
+		return
+	}
+	if b.touched[a.HostInterface] { // bound and unbound in one batch: the later request waits for the next
+		l.again(func(b *batch) { l.admitOrWait(b, w) })
+		return
+	}
+	b.touched[a.HostInterface] = true
+	b.events = append(b.events, l.inv.attach(a)...)
+	b.bind = append(b.bind, bindings(a)...)
+	b.answers = append(b.answers, w.done)
+	b.attached = append(b.attached, a)
+}
+
+func sameAttachment(a, b cni.Attachment) bool {
+	return a.ContainerID == b.ContainerID && a.UID == b.UID && podName(a) == podName(b) && a.Masquerade == b.Masquerade &&
+		slices.Equal(a.Addresses, b.Addresses)
+}
+
+// holder is the other interface that an address of a is bound to.
+func (l *loop) holder(a cni.Attachment) string {
+	for _, addr := range a.Addresses {
+		if on := l.inv.holders[addr]; on != "" && on != a.HostInterface {
+			return on
+		}
+	}
+	return ""
+}
+
+func (w *attachWork) refuse(err *cni.Error) { w.answer <- attachAnswer{err: err} }
+
+func (w *attachWork) done(r nft.Receipt, err error) {
+	if err != nil {
+		w.refuse(tryAgain("attach %s: %v", podName(w.attachment), err))
+		return
+	}
+	w.answer <- attachAnswer{receipt: r}
+}
+
+// giveUp answers w if it still waits for its pod.
+func (l *loop) giveUp(w *attachWork) {
+	n := podName(w.attachment)
+	i := slices.Index(l.waiting[n], w)
+	if i < 0 {
+		return
+	}
+	l.waiting[n] = slices.Delete(l.waiting[n], i, i+1)
+	if len(l.waiting[n]) == 0 {
+		delete(l.waiting, n)
+	}
+	if !l.synced {
+		w.refuse(tryAgain("attach %s: %v", n, errNotSynced))
+		return
+	}
+	w.refuse(tryAgain("attach %s: the API server has not shown this pod (uid %s) within %v: is it scheduled to node %s?",
+		n, w.attachment.UID, time.Duration(l.cfg.PodWait), l.cfg.Node))
+}
+
+// detach unbinds; unknown attachments are no error.
+func (l *loop) detach(ctx context.Context, r cni.DetachRequest) *cni.Error {
+	answer := make(chan error, 1)
+	err := l.send(ctx, func(b *batch) { l.remove(b, r, func(_ nft.Receipt, err error) { answer <- err }) })
+	if err == nil {
+		select {
+		case err = <-answer:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	if err != nil {
+		return tryAgain("detach %s: %v", r.HostInterface, err)
+	}
+	return nil
+}
+
+func (l *loop) remove(b *batch, r cni.DetachRequest, done func(nft.Receipt, error)) {
+	l.dropWaiting(r)
+	old := l.inv.attached[r.HostInterface]
+	switch {
+	case old == nil || old.ContainerID != r.ContainerID:
+		done(nft.Receipt{}, nil)
+	case b.touched[r.HostInterface]:
+		l.again(func(b *batch) { l.remove(b, r, done) })
+	default:
+		b.touched[r.HostInterface] = true
+		b.unbind = append(b.unbind, bindings(old.Attachment)...)
+		b.events = append(b.events, l.inv.detach(r.HostInterface)...)
+		b.answers = append(b.answers, done)
+	}
+}
+
+// dropWaiting refuses an attach that its own DEL overtook.
+func (l *loop) dropWaiting(r cni.DetachRequest) {
+	for n, list := range l.waiting {
+		l.waiting[n] = slices.DeleteFunc(list, func(w *attachWork) bool {
+			gone := w.attachment.ContainerID == r.ContainerID && w.attachment.HostInterface == r.HostInterface
+			if gone {
+				w.refuse(tryAgain("attach %s: deleted while waiting", n))
+			}
+			return gone
+		})
+		if len(l.waiting[n]) == 0 {
+			delete(l.waiting, n)
+		}
+	}
+}

@@ -1,0 +1,48 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/nftcni/nftcni/cni"
+)
+
+// Client asks a running agent over its local socket.
+type Client struct{ http http.Client }
+
+// NewClient returns a client of the agent that listens on socket.
+func NewClient(socket string) *Client {
+	return &Client{http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", socket)
+		},
+	}}}
+}
+
+// Get fetches one of the paths of status.go into v. The error of an agent that does not
+// run is that of the dial (errors.Is ENOENT or ECONNREFUSED).
+func (c *Client) Get(ctx context.Context, path string, v any) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return fmt.Errorf("ask the agent: %w", err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		e := &cni.Error{Message: resp.Status}
+		_ = json.NewDecoder(resp.Body).Decode(e)
+		return fmt.Errorf("ask the agent for %s: %w", path, e)
+	}
+	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
+		return fmt.Errorf("read the agent's answer for %s: %w", path, err)
+	}
+	return nil
+}

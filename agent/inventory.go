@@ -1,0 +1,343 @@
+package agent
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/nft"
+	"github.com/nftcni/nftcni/policy"
+)
+
+const namespaceNameLabel = "kubernetes.io/metadata.name"
+
+// inventory is what the loop knows: the source's objects joined with this node's
+// attachments. It belongs to the loop's goroutine.
+type inventory struct {
+	node       string
+	network    Network
+	namespaces map[string]*policy.Namespace
+	pods       map[policy.Name]*policy.Pod
+	nodes      map[string]*policy.Node
+	policies   map[policy.PolicyID]*policy.Policy
+	attached   map[string]*attachment // by host interface
+	byPod      map[policy.Name][]*attachment
+	holders    map[netip.Addr]string         // address -> host interface it is bound to
+	emitted    map[policy.Name][]policy.Name // engine pods made for a name with attachments
+}
+
+// attachment is a cni.Attachment with the pod it was last joined with: when the API's
+// pod is replaced by one of the same name, the old sandbox keeps its labels until DEL.
+type attachment struct {
+	cni.Attachment
+	joined *policy.Pod
+}
+
+func newInventory(node string, network Network) *inventory {
+	v := &inventory{node: node, network: network, attached: map[string]*attachment{}, byPod: map[policy.Name][]*attachment{}, holders: map[netip.Addr]string{}}
+	v.clear()
+	return v
+}
+
+// clear forgets the source's objects and keeps the attachments.
+func (v *inventory) clear() {
+	v.namespaces = map[string]*policy.Namespace{}
+	v.pods = map[policy.Name]*policy.Pod{}
+	v.nodes = map[string]*policy.Node{}
+	v.policies = map[policy.PolicyID]*policy.Policy{}
+	v.emitted = map[policy.Name][]policy.Name{}
+}
+
+// podName is the name an attachment is joined by. Without CNI_ARGS of Kubernetes it is
+// the container's ID in namespace default.
+func podName(a cni.Attachment) policy.Name {
+	return policy.Name{Namespace: cmp.Or(a.Namespace, "default"), Name: cmp.Or(a.Pod, a.ContainerID)}
+}
+
+// apply records one event of the source and returns the engine's events it means.
+func (v *inventory) apply(e policy.Event) []policy.Event {
+	switch {
+	case e.Namespace != nil:
+		put(v.namespaces, e.Namespace.Name, e.Namespace, e.Delete)
+		if e.Delete && v.namespaceUsed(e.Namespace.Name) {
+			return v.implyNamespace(e.Namespace.Name)
+		}
+	case e.Node != nil:
+		put(v.nodes, e.Node.Name, e.Node, e.Delete)
+	case e.Policy != nil:
+		put(v.policies, e.Policy.ID, e.Policy, e.Delete)
+	case e.Pod != nil:
+		put(v.pods, e.Pod.Name, e.Pod, e.Delete)
+		return v.podEvents(e.Pod.Name)
+	}
+	return []policy.Event{e}
+}
+
+func put[K comparable, V any](m map[K]*V, k K, v *V, remove bool) {
+	if remove {
+		delete(m, k)
+	} else {
+		m[k] = v
+	}
+}
+
+// attach records a and returns the engine's events.
+func (v *inventory) attach(a cni.Attachment) []policy.Event {
+	events := v.detach(a.HostInterface)
+	n := podName(a)
+	at := &attachment{Attachment: a}
+	v.attached[a.HostInterface] = at
+	v.byPod[n] = append(v.byPod[n], at)
+	for _, addr := range a.Addresses {
+		v.holders[addr] = a.HostInterface
+	}
+	if v.namespaces[n.Namespace] == nil {
+		events = append(events, v.implyNamespace(n.Namespace)...)
+	}
+	return append(events, v.podEvents(n)...)
+}
+
+// detach forgets the attachment of a host interface and returns the engine's events.
+func (v *inventory) detach(hostInterface string) []policy.Event {
+	at := v.attached[hostInterface]
+	if at == nil {
+		return nil
+	}
+	n := podName(at.Attachment)
+	delete(v.attached, hostInterface)
+	for _, addr := range at.Addresses {
+		delete(v.holders, addr)
+	}
+	v.byPod[n] = slices.DeleteFunc(v.byPod[n], func(x *attachment) bool { return x == at })
+	if len(v.byPod[n]) == 0 {
+		delete(v.byPod, n)
+	}
+	return v.podEvents(n)
+}
+
+// implyNamespace makes the engine know a namespace that only an attachment names.
+func (v *inventory) implyNamespace(name string) []policy.Event {
+	ns := &policy.Namespace{Name: name, Labels: policy.MakeLabels(map[string]string{namespaceNameLabel: name})}
+	v.namespaces[name] = ns
+	return []policy.Event{{Namespace: ns}}
+}
+
+func (v *inventory) namespaceUsed(name string) bool {
+	for n := range v.byPod {
+		if n.Namespace == name {
+			return true
+		}
+	}
+	return false
+}
+
+// podEvents brings the engine's pods of one name up to date.
+func (v *inventory) podEvents(n policy.Name) []policy.Event {
+	pods := v.join(n)
+	var events []policy.Event
+	for i := range pods {
+		events = append(events, policy.Event{Pod: &pods[i]})
+	}
+	old, known := v.emitted[n]
+	if !known {
+		old = []policy.Name{n}
+	}
+	for _, name := range old {
+		if !slices.ContainsFunc(pods, func(p policy.Pod) bool { return p.Name == name }) {
+			events = append([]policy.Event{{Delete: true, Pod: &policy.Pod{Name: name}}}, events...)
+		}
+	}
+	v.remember(n, pods)
+	return events
+}
+
+func (v *inventory) remember(n policy.Name, pods []policy.Pod) {
+	delete(v.emitted, n)
+	if v.byPod[n] == nil {
+		return
+	}
+	for _, p := range pods {
+		v.emitted[n] = append(v.emitted[n], p.Name)
+	}
+}
+
+// join returns the engine's pods for a name: the current pod with the addresses of its
+// attachments, and one for each attachment of an earlier pod of that name.
+func (v *inventory) join(n policy.Name) []policy.Pod {
+	src, atts := v.pods[n], v.byPod[n]
+	var current policy.Pod
+	switch {
+	case src != nil:
+		current = *src
+	case len(atts) > 0:
+		current = v.unlisted(n, atts[len(atts)-1])
+	default:
+		return nil
+	}
+	if len(atts) > 0 {
+		current.Addrs = nil // only what the kernel holds
+	} else if v.foreign(&current) {
+		current.Node = "" // a peer by its address, but not ours to enforce on
+	}
+	var out []policy.Pod
+	for _, at := range atts {
+		if stale(at.Attachment, current) {
+			out = append(out, v.stalePod(n, at))
+			continue
+		}
+		current.Node, current.Attached = v.node, true
+		current.Addrs = append(current.Addrs, at.Addresses...)
+	}
+	for _, at := range atts {
+		if !stale(at.Attachment, current) {
+			at.joined = &current
+		}
+	}
+	return append([]policy.Pod{current}, out...)
+}
+
+// foreign reports whether another plugin wires a pod of this node (or nobody does yet).
+func (v *inventory) foreign(p *policy.Pod) bool {
+	return v.network == NetworkRouted && p.Node == v.node && !p.HostNetwork
+}
+
+func stale(a cni.Attachment, p policy.Pod) bool { return a.UID != "" && p.UID != "" && a.UID != p.UID }
+
+// unlisted is a pod that the source does not list (yet, any more, or ever).
+func (v *inventory) unlisted(n policy.Name, at *attachment) policy.Pod {
+	if at.joined != nil && at.joined.Name == n {
+		p := *at.joined
+		p.Finished = false // its sandbox is still there
+		return p
+	}
+	return policy.Pod{Name: n, UID: at.UID, Node: v.node, Labels: policy.MakeLabels(at.Labels)}
+}
+
+func (v *inventory) stalePod(n policy.Name, at *attachment) policy.Pod {
+	p := policy.Pod{Labels: policy.MakeLabels(at.Labels)}
+	if at.joined != nil {
+		p = *at.joined
+	}
+	p.Name = policy.Name{Namespace: n.Namespace, Name: n.Name + "@" + at.HostInterface}
+	p.UID, p.Node, p.Attached, p.Addrs = at.UID, v.node, true, at.Addresses
+	at.joined = &p
+	return p
+}
+
+// knows reports whether the source lists the pod of an attachment.
+func (v *inventory) knows(a cni.Attachment) bool {
+	p := v.pods[podName(a)]
+	return p != nil && !stale(a, *p)
+}
+
+// cluster is the engine's whole input.
+func (v *inventory) cluster() *policy.Cluster {
+	c := &policy.Cluster{Pods: make([]policy.Pod, 0, len(v.pods)), Policies: make([]policy.Policy, 0, len(v.policies))}
+	for _, ns := range v.namespaces {
+		c.Namespaces = append(c.Namespaces, *ns)
+	}
+	for _, n := range v.nodes {
+		c.Nodes = append(c.Nodes, *n)
+	}
+	for _, p := range v.policies {
+		c.Policies = append(c.Policies, *p)
+	}
+	for n, p := range v.pods {
+		if v.byPod[n] == nil && !v.foreign(p) {
+			c.Pods = append(c.Pods, *p)
+			continue
+		}
+		pods := v.join(n)
+		v.remember(n, pods)
+		c.Pods = append(c.Pods, pods...)
+	}
+	for n := range v.byPod {
+		if v.pods[n] == nil {
+			pods := v.join(n)
+			v.remember(n, pods)
+			c.Pods = append(c.Pods, pods...)
+		}
+	}
+	return c
+}
+
+// load replaces the source's objects.
+func (v *inventory) load(c *policy.Cluster) {
+	v.clear()
+	for i := range c.Namespaces {
+		v.namespaces[c.Namespaces[i].Name] = &c.Namespaces[i]
+	}
+	for i := range c.Nodes {
+		v.nodes[c.Nodes[i].Name] = &c.Nodes[i]
+	}
+	for i := range c.Policies {
+		v.policies[c.Policies[i].ID] = &c.Policies[i]
+	}
+	for i := range c.Pods {
+		v.pods[c.Pods[i].Name] = &c.Pods[i]
+	}
+	for n := range v.byPod {
+		if v.namespaces[n.Namespace] == nil {
+			v.implyNamespace(n.Namespace)
+		}
+	}
+}
+
+// bindings are those of one attachment.
+func bindings(a cni.Attachment) []nft.Binding {
+	out := make([]nft.Binding, 0, len(a.Addresses))
+	for _, addr := range a.Addresses {
+		out = append(out, nft.Binding{Interface: a.HostInterface, Addr: addr, Masquerade: a.Masquerade, Comment: podName(a).String()})
+	}
+	return out
+}
+
+// podNetworks are the destinations that are never masqueraded: every node's podCIDRs,
+// this node's, and the pools of its attachments; nested ones left out.
+func (v *inventory) podNetworks(own []netip.Prefix) []netip.Prefix {
+	all := slices.Clone(own)
+	for _, n := range v.nodes {
+		all = append(all, n.PodCIDRs...)
+	}
+	for _, a := range v.attached {
+		all = append(all, a.Pools...)
+	}
+	for i := range all {
+		all[i] = all[i].Masked()
+	}
+	slices.SortFunc(all, func(a, b netip.Prefix) int {
+		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), a.Addr().Compare(b.Addr()))
+	})
+	var out []netip.Prefix
+	taken := map[netip.Prefix]bool{}
+	for _, p := range all {
+		if !covered(p, taken) {
+			taken[p] = true
+			out = append(out, p)
+		}
+	}
+	slices.SortFunc(out, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
+	return out
+}
+
+// covered reports whether p or a prefix around it is in taken.
+func covered(p netip.Prefix, taken map[netip.Prefix]bool) bool {
+	for bits := range p.Bits() + 1 {
+		if around, err := p.Addr().Prefix(bits); err == nil && taken[around] {
+			return true
+		}
+	}
+	return false
+}
+
+// ownPodCIDRs are this node's: the configured ones, else Node.spec.podCIDRs.
+func (v *inventory) ownPodCIDRs(configured []netip.Prefix) []netip.Prefix {
+	if len(configured) > 0 {
+		return configured
+	}
+	if n := v.nodes[v.node]; n != nil {
+		return n.PodCIDRs
+	}
+	return nil
+}

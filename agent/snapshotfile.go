@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// SnapshotName is the file in the run directory that holds the last Snapshot, as JSON of
+// mode 0600: what debug commands work from when the agent is dead.
+const SnapshotName = "snapshot.json"
+
+// snapshotInterval is the least time between two writes of the file: a storm of events
+// costs one write.
+const snapshotInterval = 2 * time.Second
+
+// ReadSnapshotFile reads what the last agent of runDir left.
+func ReadSnapshotFile(runDir string) (Snapshot, error) {
+	var s Snapshot
+	b, err := os.ReadFile(filepath.Join(runDir, SnapshotName))
+	if err != nil {
+		return s, fmt.Errorf("read snapshot: %w", err)
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		return s, fmt.Errorf("snapshot %s: %w", filepath.Join(runDir, SnapshotName), err)
+	}
+	if s.Cluster == nil {
+		return s, fmt.Errorf("snapshot %s holds no cluster", filepath.Join(runDir, SnapshotName))
+	}
+	return s, nil
+}
+
+// writeSnapshotFile replaces the file as a whole: a reader never sees half of it.
+func writeSnapshotFile(runDir string, s Snapshot) error {
+	b, err := json.Marshal(s)
+	if err != nil {
+		return fmt.Errorf("encode snapshot: %w", err)
+	}
+	name := filepath.Join(runDir, SnapshotName)
+	if err := os.WriteFile(name+".part", b, 0o600); err != nil {
+		return fmt.Errorf("write snapshot: %w", err)
+	}
+	if err := os.Rename(name+".part", name); err != nil {
+		return errors.Join(fmt.Errorf("write snapshot: %w", err), os.Remove(name+".part"))
+	}
+	return nil
+}
+
+// keepSnapshotFile writes the file when commits have changed something, at most once an
+// interval, until ctx ends.
+func keepSnapshotFile(ctx context.Context, l *loop, log *slog.Logger) error {
+	var written uint64
+	save := func(ctx context.Context) {
+		var s Snapshot
+		var commits uint64
+		err := l.do(ctx, func() {
+			if commits = l.commits.total; commits != written {
+				s = Snapshot{At: time.Now(), Node: l.cfg.Node, Cluster: l.inv.cluster()}
+			}
+		})
+		if err == nil && s.Cluster != nil {
+			err = writeSnapshotFile(l.cfg.RunDir, s)
+			written = commits
+		}
+		if err != nil && ctx.Err() == nil {
+			log.Error("keep the snapshot file: debug commands have less to go by without the agent", "err", err)
+		}
+	}
+	tick := time.NewTicker(snapshotInterval)
+	defer tick.Stop()
+	for {
+		save(ctx)
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}

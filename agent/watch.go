@@ -1,0 +1,60 @@
+package agent
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/k8s"
+	"github.com/nftcni/nftcni/nft"
+)
+
+// orphanInterval is how often attachments are compared with the links that exist: a
+// runtime without GC calls (containerd) may never tell that a sandbox is gone.
+const orphanInterval = 5 * time.Second
+
+// watch heals the table when somebody else changes it.
+func (l *loop) watch(ctx context.Context, o nft.Options) error {
+	return nft.Watch(ctx, o, func(f nft.Foreign) {
+		l.log.Warn("the table was changed by somebody else: healing it", "pid", f.PID, "comm", f.Comm,
+			"deleted", f.Deleted, "eventsLost", f.Resync)
+		_ = l.send(ctx, func(b *batch) { b.replace = true })
+	})
+}
+
+// reconcile removes attachments whose link or network namespace is gone.
+func (l *loop) reconcile(ctx context.Context) error {
+	if l.cfg.Network != NetworkRouted {
+		return nil
+	}
+	tick := time.NewTicker(orphanInterval)
+	defer tick.Stop()
+	for {
+		gone, err := cni.Reconcile(ctx, cni.ReconcileOptions{RunDir: l.cfg.RunDir, StateDir: l.cfg.StateDir})
+		if err != nil {
+			l.log.Error("look for orphaned attachments", "err", err)
+		}
+		for _, a := range gone {
+			l.log.Info("attachment orphaned: removed", "pod", podName(a).String(), "interface", a.HostInterface)
+			if err := l.detach(ctx, cni.DetachRequest{ContainerID: a.ContainerID, Interface: a.Interface, HostInterface: a.HostInterface}); err != nil {
+				l.log.Error("detach orphan", "interface", a.HostInterface, "err", err.Message)
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// logProblems logs what is new in the source's list of problems.
+func (s sink) logProblems(problems []k8s.Problem) {
+	for _, p := range problems {
+		if !slices.Contains(*s.known, p) {
+			s.loop.log.Warn("object not honoured as written", "problem", p.String())
+		}
+	}
+	*s.known = problems
+}

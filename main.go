@@ -1,0 +1,68 @@
+// Command nftcni gives a Linux node pod networking and network policy. By the name it is
+// started as, and by CNI_COMMAND, it is the CNI plugin, the IPAM plugin, the agent or the
+// command line (docs/architecture.md).
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/debug"
+)
+
+func main() {
+	name := filepath.Base(os.Args[0])
+	// Plugin mode comes before any cobra tree or Kubernetes client: a runtime starts us
+	// for every pod, and waits.
+	if os.Getenv("CNI_COMMAND") != "" {
+		if name == "nftcni-ipam" {
+			os.Exit(cni.IPAMMain())
+		}
+		os.Exit(cni.Main())
+	}
+	os.Exit(commandLine(name, os.Args[1:]))
+}
+
+// commandLine runs the cobra tree and returns the exit status.
+func commandLine(name string, args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root := newRootCommand()
+	if name == "nftcni-agent" {
+		args = append([]string{"agent"}, args...)
+	}
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(os.Stderr, "nftcni:", err)
+	if e, ok := errors.AsType[*debug.ExitError](err); ok {
+		return e.Status
+	}
+	return 1
+}
+
+func newRootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "nftcni",
+		Short: "Pod networking and network policy with nothing but nftables",
+		Long: "nftcni is a CNI plugin and NetworkPolicy engine for Linux nodes.\n\n" +
+			"The container runtime starts it with CNI_COMMAND set; systemd or a DaemonSet runs\n" +
+			"`nftcni agent`; `nftcni debug` shows what is in force, and why.",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+	}
+	root.AddCommand(newAgentCommand(), debug.NewCommand(), newDemoCommand(), newVersionCommand(),
+		newInstallCommand(), newUninstallCommand())
+	return root
+}
