@@ -18,6 +18,8 @@ import (
 const (
 	// ExitDisagree: the oracle and the kernel's tables give different answers.
 	ExitDisagree = 2
+	// ExitCuts: the change would cut live connections.
+	ExitCuts = 3
 )
 
 // ExitError is an error with an exit status of its own.
@@ -58,8 +60,8 @@ func (s *session) get(ctx context.Context, path string, v any) error {
 	socket := filepath.Join(s.runDir, cni.SocketName)
 	err := agent.NewClient(socket).Get(ctx, path, v)
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("no agent answers on %s: start it (nftcni agent, systemctl start nftcni-agent), or name its runDir with --run-dir", socket)
+	case agentGone(err):
+		return fmt.Errorf("%w on %s: start it (nftcni agent, systemctl start nftcni-agent), or name its runDir with --run-dir", errNoAgent, socket)
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
 		return fmt.Errorf("the agent on %s answers root and its own user only: %w", socket, err)
 	}

@@ -1,11 +1,15 @@
 package debug
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nftcni/nftcni/policy"
 )
@@ -46,6 +50,24 @@ func resolve(c *policy.Cluster, arg string) (endpoint, error) {
 		return endpoint{}, fmt.Errorf("pod %s cannot be asked about (%s)", p.Name, why)
 	}
 	return endpoint{name: p.Name.String(), addrs: p.Addrs}, nil
+}
+
+// resolveDNS asks the resolver of the host for a name's addresses.
+func resolveDNS(ctx context.Context, name string) (endpoint, error) {
+	if !strings.Contains(name, ".") || strings.Contains(name, "/") {
+		return endpoint{}, errors.New("not a DNS name")
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
+	if err != nil {
+		return endpoint{}, fmt.Errorf("resolve %s: %w", name, err)
+	}
+	e := endpoint{name: name}
+	for _, a := range addrs {
+		e.addrs = append(e.addrs, a.Unmap())
+	}
+	return e, nil
 }
 
 func nameOf(c *policy.Cluster, a netip.Addr) string {
