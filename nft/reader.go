@@ -17,10 +17,16 @@ import (
 // ErrNoTable says that the kernel holds no table inet nftcni in the namespace.
 var ErrNoTable = errors.New("the kernel holds no table inet " + TableName + " here")
 
+// executor sends one request and collects the answers.
+type executor interface {
+	Execute(netlink.Message) ([]netlink.Message, error)
+	Close() error
+}
+
 // Reader looks into the table without ever writing: no lock, no owner, no table made. It
 // works beside the agent and without one. It is used by one goroutine.
 type Reader struct {
-	conn *netlink.Conn
+	conn executor
 	sets map[string]bool
 }
 
@@ -133,6 +139,8 @@ func lookupReply(replies []netlink.Message) (value uint32, found bool, err error
 type rawElement struct {
 	key, keyEnd, data []byte
 	flags             uint32
+	verdict           int32  // of a verdict map
+	chain             string // that the verdict names
 	packets, bytes    uint64
 	comment           string
 }
@@ -185,13 +193,37 @@ func (e *rawElement) decode(d *netlink.AttributeDecoder) error {
 		case nftaSetElemKeyEnd:
 			d.Nested(value(&e.keyEnd))
 		case unix.NFTA_SET_ELEM_DATA:
-			d.Nested(value(&e.data))
+			d.Nested(e.decodeData)
 		case unix.NFTA_SET_ELEM_FLAGS:
 			e.flags = d.Uint32()
 		case unix.NFTA_SET_ELEM_EXPR:
 			d.Nested(e.decodeCounter)
 		case unix.NFTA_SET_ELEM_USERDATA:
 			e.comment = elementComment(d.Bytes())
+		}
+	}
+	return nil
+}
+
+// decodeData reads a map's value or verdict.
+func (e *rawElement) decodeData(d *netlink.AttributeDecoder) error {
+	for d.Next() {
+		switch d.Type() {
+		case unix.NFTA_DATA_VALUE:
+			e.data = slices.Clone(d.Bytes())
+		case unix.NFTA_DATA_VERDICT:
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				d.ByteOrder = binary.BigEndian
+				for d.Next() {
+					switch d.Type() {
+					case unix.NFTA_VERDICT_CODE:
+						e.verdict = int32(d.Uint32())
+					case unix.NFTA_VERDICT_CHAIN:
+						e.chain = d.String()
+					}
+				}
+				return nil
+			})
 		}
 	}
 	return nil

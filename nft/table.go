@@ -1,12 +1,16 @@
 package nft
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/policy"
 )
@@ -14,21 +18,47 @@ import (
 // Options of Open. The zero value works: the caller's network namespace, no owner flag.
 type Options struct {
 	NetNS  int      // file descriptor of a network namespace; 0: the caller's
-	Owner  bool     // flags owner,persist where the kernel has them (6.9+); ignored with a log line elsewhere
-	Socket *os.File // an owning netlink socket handed over by a predecessor (systemd FD store); nil: dial
+	Owner  bool     // flags owner,persist where the kernel has them (Linux 6.9); ignored with a log line elsewhere
+	Socket *os.File // an owning netlink socket handed over by a predecessor (systemd's FD store); nil: dial
 	Log    *slog.Logger
+	Port   uint32 // Watch: netlink port whose commits are our own (Table.Port); 0: those of this process
 }
 
 // Table is the table inet nftcni in one network namespace. It is used by one goroutine.
-type Table struct{}
+type Table struct {
+	conn   *conn
+	reader *Reader
+	log    *slog.Logger
+	flags  uint32
+
+	// What the kernel holds, as far as Apply needs it to send differences.
+	bound    map[bindingKey]Binding
+	networks map[netip.Prefix]bool
+	epoch    uint32
+	again    bool // the second bump of the last epoch is due
+	stale    bool // a transaction failed: read the kernel before the next one
+
+	seq      uint64
+	pending  []pending
+	changed  map[policy.Key]bool // keys replaced in place since the last grace period
+	dropping map[policy.Key]bool // keys in the drops of pending
+	replaces bool                // this kernel never misses a key that one transaction replaces
+}
 
 // Binding is a pod's interface and one of its addresses.
 type Binding struct {
-	Interface  string // host side
+	Interface  string // host side, beginning with InterfacePrefix
 	Addr       netip.Addr
 	Masquerade bool   // what leaves the pod networks from it is masqueraded
 	Comment    string // "namespace/pod"
 }
+
+type bindingKey struct {
+	iface string
+	addr  netip.Addr
+}
+
+func (b Binding) key() bindingKey { return bindingKey{b.Interface, b.Addr} }
 
 // State is what the kernel holds.
 type State struct {
@@ -56,50 +86,167 @@ type Receipt struct {
 	Elements     int
 }
 
-// Foreign is a commit by somebody else that touched our table, or a loss of events.
-type Foreign struct {
-	Deleted bool   // the table is gone
-	Resync  bool   // events were lost (ENOBUFS): the state must be read again
-	PID     uint32 // of the committing process
-	Comm    string // its command name
+// Open dials and creates the table when there is none, with a fresh random epoch. A table whose program (chains, rules,
+// types of sets) is ours and unchanged is adopted without writing; any other is replaced in one transaction that
+// carries the elements over. A table that another live process owns is an error.
+func Open(ctx context.Context, o Options) (*Table, error) {
+	c, err := openConn(o)
+	if err != nil {
+		return nil, err
+	}
+	t := &Table{conn: c, reader: &Reader{conn: c}, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), replaces: replacesExactly()}
+	if o.Owner {
+		t.flags = tableOwner | tablePersist
+	}
+	if err := t.open(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("open table inet %s: %w", TableName, err), c.Close())
+	}
+	return t, nil
 }
 
-var errNotYet = errors.New("nft: not implemented yet")
+func openConn(o Options) (*conn, error) {
+	if o.Socket != nil {
+		return adopt(o.Socket)
+	}
+	return dial(o.NetNS)
+}
 
-// Open adopts or creates the table.
-func Open(ctx context.Context, o Options) (*Table, error) { return nil, errNotYet }
+func (t *Table) open(ctx context.Context) error {
+	p := newProgram()
+	found, err := t.readTable()
+	if err != nil {
+		return err
+	}
+	if !found.exists {
+		return t.create(p, State{})
+	}
+	if found.owner != 0 && found.owner != t.conn.port {
+		return fmt.Errorf("another process owns it (netlink port %d): stop that agent first", found.owner)
+	}
+	t.reader.sets, err = t.reader.setNames()
+	if err != nil && !errors.Is(err, ErrNoTable) {
+		return err
+	}
+	diff, err := t.programDiffers(p)
+	if err != nil {
+		return err
+	}
+	wantsOwner := t.flags != 0 && ownerFlags(t.flags, found.flags)
+	if diff == "" && !wantsOwner {
+		t.flags = found.flags
+		return t.adoptTable(ctx, found)
+	}
+	state, err := t.readState(ctx)
+	if err != nil {
+		t.log.Warn("elements of the old table cannot be carried over", "err", err)
+		state = State{}
+	}
+	t.log.Info("replace table", "because", cmp.Or(diff, "flags owner,persist"))
+	return t.replace(p, state, found)
+}
+
+// adoptTable takes over a table that is as it should be. An orphan with the owner flag is claimed, which is a
+// transaction; nothing else is written.
+func (t *Table) adoptTable(ctx context.Context, found tableInfo) error {
+	if found.flags&tableOwner != 0 && found.owner == 0 {
+		b := newBatch(t.conn.seq)
+		b.addTable(found.flags)
+		if err := t.conn.commit(b); err != nil {
+			return fmt.Errorf("claim: %w", err)
+		}
+	}
+	if err := t.load(ctx); err != nil {
+		return err
+	}
+	if t.epoch == 0 {
+		return t.replaceEpoch(ctx)
+	}
+	if t.again { // the predecessor died between the two bumps of a revocation
+		t.seq++
+		t.pending = append(t.pending, pending{seq: t.seq, revokes: true})
+		return t.graceAndFinish(ctx)
+	}
+	return nil
+}
 
 // Close leaves the rules in force.
-func (t *Table) Close() error { return errNotYet }
+func (t *Table) Close() error { return t.conn.Close() }
 
-// File returns a duplicate of the owning socket for the FD store.
-func (t *Table) File() (*os.File, error) { return nil, errNotYet }
-
-// State reads the table back from the kernel.
-func (t *Table) State(ctx context.Context) (State, error) { return State{}, errNotYet }
-
-// Apply commits c and returns at the kernel's acknowledgement.
-func (t *Table) Apply(ctx context.Context, c Change) (Receipt, error) { return Receipt{}, errNotYet }
-
-// Finish completes all receipts up to seq after a Grace that began after receipt seq.
-func (t *Table) Finish(ctx context.Context, seq uint64) error { return errNotYet }
-
-// Lookup reads one element.
-func (t *Table) Lookup(ctx context.Context, k policy.Key) (value uint32, found bool, err error) {
-	return 0, false, errNotYet
+// File returns a duplicate of the socket that owns the table, for systemd's FD store.
+func (t *Table) File() (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(t.conn.fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate nfnetlink socket: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "nftcni-table"), nil
 }
 
-// Generation is the kernel's nf_tables generation.
-func (t *Table) Generation(ctx context.Context) (uint32, error) { return 0, errNotYet }
+// Port is the netlink port of the table's commits, for Options.Port of Watch.
+func (t *Table) Port() uint32 { return t.conn.port }
 
-// Grace returns when every packet now in flight is through.
-func Grace(ctx context.Context) error { return errNotYet }
+// State reads the table back from the kernel.
+func (t *Table) State(ctx context.Context) (State, error) {
+	s, err := t.readState(ctx)
+	if err != nil {
+		return State{}, fmt.Errorf("read table inet %s: %w", TableName, err)
+	}
+	return s, nil
+}
 
-// Watch reports foreign commits until ctx ends.
-func Watch(ctx context.Context, o Options, report func(Foreign)) error { return errNotYet }
+// load fills what Apply compares with.
+func (t *Table) load(ctx context.Context) error {
+	s, err := t.readBindings(ctx)
+	if err != nil {
+		return err
+	}
+	t.remember(s)
+	t.epoch, t.again, err = t.readEpoch()
+	t.stale = err != nil
+	return err
+}
 
-// Program is the constant ruleset as nft text without table flags.
-func Program() string { return "" }
+func (t *Table) remember(s State) {
+	t.bound, t.networks = map[bindingKey]Binding{}, map[netip.Prefix]bool{}
+	for _, b := range s.Bindings {
+		t.bound[b.key()] = b
+	}
+	for _, p := range s.PodNetworks {
+		t.networks[p] = true
+	}
+}
 
-// Delete removes the table.
-func Delete(ctx context.Context, o Options) error { return errNotYet }
+// Lookup reads one element from the kernel. For NetID the range that holds k.Addr is meant, for AccessRange the one
+// that holds k.First.
+func (t *Table) Lookup(ctx context.Context, k policy.Key) (value uint32, found bool, err error) {
+	return t.reader.Lookup(ctx, k)
+}
+
+// Decide is the kernel's answer for one flow, by reading its elements only.
+func (t *Table) Decide(ctx context.Context, f policy.Flow) (policy.TableVerdict, error) {
+	return t.reader.Decide(ctx, f)
+}
+
+// Generation is the number of the last nf_tables commit in the namespace, by anybody.
+func (t *Table) Generation(ctx context.Context) (uint32, error) { return t.conn.generation(ctx) }
+
+// Delete removes the table with everything in it; that there is none is not an error.
+func Delete(ctx context.Context, o Options) error {
+	c, err := openConn(o)
+	if err != nil {
+		return err
+	}
+	t := &Table{conn: c}
+	found, err := t.readTable()
+	if err == nil && found.exists {
+		b := newBatch(c.seq)
+		if found.flags&tableOwner != 0 && found.owner == 0 {
+			b.addTable(found.flags)
+		}
+		b.deleteTable()
+		err = c.commit(b)
+	}
+	if err != nil {
+		err = fmt.Errorf("delete table inet %s: %w", TableName, err)
+	}
+	return errors.Join(err, c.Close())
+}

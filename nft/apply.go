@@ -1,0 +1,431 @@
+package nft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nftcni/nftcni/policy"
+)
+
+// pending is what a receipt still owes after its grace period.
+type pending struct {
+	seq     uint64
+	revokes bool
+	drops   []policy.Op
+}
+
+// Apply commits c and returns at the kernel's acknowledgement of its last transaction: from then on every new packet
+// meets the new policy. After an error a prefix of complete transactions is in force; the caller reads State and
+// computes anew. Binding what is bound and unbinding what is not are no-ops.
+//
+// A key that one transaction deletes and adds again may be missed once by a reader on kernels before 6.17. The rules
+// look twice, which is exact as long as the key does not change again before that reader is through. Apply sees to
+// that: where a step would, it waits for a grace period first.
+func (t *Table) Apply(ctx context.Context, c Change) (Receipt, error) {
+	began := time.Now()
+	if err := c.validate(); err != nil {
+		return Receipt{}, err
+	}
+	if t.stale {
+		if err := t.load(ctx); err != nil {
+			return Receipt{}, fmt.Errorf("read table inet %s after a failed transaction: %w", TableName, err)
+		}
+	}
+	r, err := t.apply(ctx, c)
+	if err != nil {
+		t.stale = true
+		return r, fmt.Errorf("apply change after %d complete transactions: %w", r.Transactions, err)
+	}
+	if r.Generation, err = t.conn.generation(ctx); err != nil {
+		return r, err
+	}
+	r.Took = time.Since(began)
+	return r, nil
+}
+
+// validate refuses what would not be a pod's interface or address.
+func (c Change) validate() error {
+	for _, b := range c.Bind {
+		if !strings.HasPrefix(b.Interface, InterfacePrefix) || len(b.Interface) >= unix.IFNAMSIZ {
+			return fmt.Errorf("bind %s: interface %q: want a name of at most 15 bytes that begins with %q", b.Addr, b.Interface, InterfacePrefix)
+		}
+		if !b.Addr.IsValid() || b.Addr.Is4In6() || b.Addr.Zone() != "" {
+			return fmt.Errorf("bind %s: address %q: want an IPv4 or IPv6 address without zone, not mapped", b.Interface, b.Addr)
+		}
+	}
+	for _, p := range c.PodNetworks {
+		if p != p.Masked() || !p.IsValid() {
+			return fmt.Errorf("pod network %s: want a prefix without host bits", p)
+		}
+	}
+	return nil
+}
+
+func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
+	var r Receipt
+	unbind := t.unbinds(c.Unbind)
+	revokes := c.Delta.Revokes || len(unbind) > 0
+	steps := c.Delta.Steps
+	if len(unbind) > 0 {
+		last := len(steps) == 0 && len(t.binds(c.Bind, unbind)) == 0 && !t.networksDiffer(c.PodNetworks)
+		if err := t.commitUnbind(&r, unbind, last); err != nil {
+			return r, err
+		}
+	}
+	for i, step := range steps {
+		if err := t.settle(ctx, step); err != nil {
+			return r, err
+		}
+		if i == len(steps)-1 {
+			break
+		}
+		b := newBatch(t.conn.seq)
+		b.step(step)
+		if err := t.commit(&r, b); err != nil {
+			return r, err
+		}
+		t.note(step)
+	}
+	if err := t.commitLast(&r, c, revokes); err != nil {
+		return r, err
+	}
+	t.seq++
+	r.Seq = t.seq
+	t.owe(pending{seq: t.seq, revokes: revokes, drops: c.Delta.Drops})
+	return r, nil
+}
+
+func (t *Table) commit(r *Receipt, b *batch) error {
+	if b.empty() {
+		return nil
+	}
+	n := b.n
+	if err := t.conn.commit(b); err != nil {
+		return err
+	}
+	r.Transactions++
+	r.Elements += n
+	return nil
+}
+
+// commitUnbind closes the guards, and cuts live connections at once when nothing else follows.
+func (t *Table) commitUnbind(r *Receipt, unbind []Binding, last bool) error {
+	b := newBatch(t.conn.seq)
+	left := t.addressesWithout(unbind)
+	for _, u := range unbind {
+		b.unbind(u, left[u.Addr])
+	}
+	epoch := t.epoch
+	if last {
+		epoch = t.bump(b, true)
+	}
+	if err := t.commit(r, b); err != nil {
+		return err
+	}
+	for _, u := range unbind {
+		delete(t.bound, u.key())
+	}
+	t.again = t.again || epoch != t.epoch
+	t.epoch = epoch
+	return nil
+}
+
+// commitLast commits the last step with the bindings, the pod networks and the epoch.
+func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
+	b := newBatch(t.conn.seq)
+	var step []policy.Op
+	if n := len(c.Delta.Steps); n > 0 {
+		step = c.Delta.Steps[n-1]
+		b.step(step)
+	}
+	binds := t.binds(c.Bind, nil)
+	for _, bind := range binds {
+		if t.bound[bind.key()].Masquerade && !bind.Masquerade {
+			b.element(true, "masquerade"+familyOf(bind.Addr), element{key: rawKey{first: bind.Addr.AsSlice()}}, bind.Addr.String())
+		}
+		b.bind(bind)
+	}
+	add, remove := t.networkChanges(c.PodNetworks)
+	for _, p := range remove {
+		b.network(true, p)
+	}
+	for _, p := range add {
+		b.network(false, p)
+	}
+	epoch := t.epoch
+	// An unbinding that stood alone has bumped already.
+	if revokes && (!b.empty() || c.Delta.Revokes || r.Transactions == 0) {
+		epoch = t.bump(b, true)
+	}
+	if err := t.commit(r, b); err != nil {
+		return err
+	}
+	t.again = t.again || epoch != t.epoch
+	t.epoch = epoch
+	for _, bind := range binds {
+		t.bound[bind.key()] = bind
+	}
+	for _, p := range remove {
+		delete(t.networks, p)
+	}
+	for _, p := range add {
+		t.networks[p] = true
+	}
+	t.note(step)
+	return nil
+}
+
+// step adds a step: deletes before adds, the changes of one set together.
+func (b *batch) step(step []policy.Op) {
+	for _, del := range []bool{true, false} {
+		bySet := map[string][]policy.Op{}
+		var order []string
+		for _, o := range step {
+			if o.Delete != del {
+				continue
+			}
+			set := ElementSet(o.Key)
+			if bySet[set] == nil {
+				order = append(order, set)
+			}
+			bySet[set] = append(bySet[set], o)
+		}
+		for _, set := range order {
+			for _, o := range bySet[set] {
+				b.op(o)
+			}
+		}
+	}
+}
+
+// settle waits for a grace period when step touches a key that packets in flight may still look up twice over, or
+// one whose deletion is still owed.
+func (t *Table) settle(ctx context.Context, step []policy.Op) error {
+	conflict := false
+	for _, o := range step {
+		conflict = conflict || t.dropping[o.Key] || !t.replaces && t.changed[o.Key]
+	}
+	if !conflict {
+		return nil
+	}
+	return t.graceAndFinish(ctx)
+}
+
+func (t *Table) graceAndFinish(ctx context.Context) error {
+	if err := Grace(ctx); err != nil {
+		return err
+	}
+	clear(t.changed)
+	return t.finish(t.seq)
+}
+
+// note remembers the keys a committed step replaced.
+func (t *Table) note(step []policy.Op) {
+	if t.replaces {
+		return
+	}
+	if t.changed == nil {
+		t.changed = map[policy.Key]bool{}
+	}
+	for _, o := range step {
+		if o.Delete {
+			t.changed[o.Key] = true
+		}
+	}
+}
+
+func (t *Table) owe(p pending) {
+	if !p.revokes && len(p.drops) == 0 && len(t.changed) == 0 {
+		return
+	}
+	t.pending = append(t.pending, p)
+	if t.dropping == nil {
+		t.dropping = map[policy.Key]bool{}
+	}
+	for _, o := range p.drops {
+		t.dropping[o.Key] = true
+	}
+}
+
+// Finish completes every receipt up to seq, after a Grace that began when receipt seq was there: the second bump of
+// the epoch where a change revoked something, and the elements nothing points to any more, in one transaction.
+// Nothing owed is a no-op.
+func (t *Table) Finish(ctx context.Context, seq uint64) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if seq >= t.seq {
+		clear(t.changed)
+	}
+	if err := t.finish(seq); err != nil {
+		t.stale = true
+		return fmt.Errorf("finish changes up to %d: %w", seq, err)
+	}
+	return nil
+}
+
+func (t *Table) finish(seq uint64) error {
+	b := newBatch(t.conn.seq)
+	revokes, done := false, 0
+	for _, p := range t.pending {
+		if p.seq > seq {
+			break
+		}
+		done++
+		revokes = revokes || p.revokes
+		b.step(p.drops)
+	}
+	epoch, again := t.epoch, t.again
+	if revokes {
+		// A later change may still owe its own second bump.
+		again = false
+		for _, p := range t.pending[done:] {
+			again = again || p.revokes
+		}
+		epoch = t.bump(b, again)
+	}
+	if !b.empty() {
+		if err := t.conn.commit(b); err != nil {
+			return err
+		}
+	}
+	for _, p := range t.pending[:done] {
+		for _, o := range p.drops {
+			delete(t.dropping, o.Key)
+		}
+	}
+	t.pending = append([]pending(nil), t.pending[done:]...)
+	t.epoch, t.again = epoch, again
+	return nil
+}
+
+// unbinds are those of want that are bound.
+func (t *Table) unbinds(want []Binding) []Binding {
+	var out []Binding
+	seen := map[bindingKey]bool{}
+	for _, u := range want {
+		if have, ok := t.bound[u.key()]; ok && !seen[u.key()] {
+			seen[u.key()] = true
+			out = append(out, have)
+		}
+	}
+	return out
+}
+
+// binds are those of want that are not bound as they should be, once gone is unbound. A binding whose masquerading
+// changed is written again.
+func (t *Table) binds(want, gone []Binding) []Binding {
+	going := map[bindingKey]bool{}
+	for _, g := range gone {
+		going[g.key()] = true
+	}
+	var out []Binding
+	for _, w := range want {
+		if have, ok := t.bound[w.key()]; !ok || going[w.key()] || have.Masquerade != w.Masquerade {
+			out = append(out, w)
+		}
+	}
+	return out
+}
+
+// addressesWithout says which addresses are still bound somewhere when gone is unbound.
+func (t *Table) addressesWithout(gone []Binding) map[netip.Addr]bool {
+	going := map[bindingKey]bool{}
+	for _, g := range gone {
+		going[g.key()] = true
+	}
+	left := map[netip.Addr]bool{}
+	for k := range t.bound {
+		if !going[k] {
+			left[k.addr] = true
+		}
+	}
+	return left
+}
+
+func familyOf(a netip.Addr) string {
+	if a.Is4() {
+		return "4"
+	}
+	return "6"
+}
+
+func bindingBytes(b Binding) []byte {
+	name := make([]byte, unix.IFNAMSIZ)
+	copy(name, b.Interface)
+	return append(name, b.Addr.AsSlice()...)
+}
+
+// bind lets a pod send and receive. Elements that are there already are no-ops.
+func (b *batch) bind(x Binding) {
+	f, a, comment := familyOf(x.Addr), x.Addr.AsSlice(), cleanComment(x.Comment)
+	does := x.Interface + " . " + x.Addr.String()
+	b.element(false, "local"+f, element{key: rawKey{first: a}, comment: comment}, does)
+	b.element(false, "self"+f, element{key: rawKey{first: append(x.Addr.AsSlice(), a...)}, comment: comment}, does)
+	if x.Masquerade {
+		b.element(false, "masquerade"+f, element{key: rawKey{first: a}, comment: comment}, does)
+	}
+	b.element(false, "bound"+f, element{key: rawKey{first: bindingBytes(x)}, comment: comment}, does)
+}
+
+// unbind is the inverse; the address itself stays while another interface holds it.
+func (b *batch) unbind(x Binding, shared bool) {
+	f, a := familyOf(x.Addr), x.Addr.AsSlice()
+	does := x.Interface + " . " + x.Addr.String()
+	b.element(true, "bound"+f, element{key: rawKey{first: bindingBytes(x)}}, does)
+	if shared {
+		return
+	}
+	b.element(true, "local"+f, element{key: rawKey{first: a}}, does)
+	b.element(true, "self"+f, element{key: rawKey{first: append(x.Addr.AsSlice(), a...)}}, does)
+	if x.Masquerade {
+		b.element(true, "masquerade"+f, element{key: rawKey{first: a}}, does)
+	}
+}
+
+// network adds or deletes a pod network.
+func (b *batch) network(del bool, p netip.Prefix) {
+	k := encodeKey(policy.Key{Map: policy.NetID, Addr: p.Addr(), To: lastOf(p)})
+	b.element(del, "pod_networks"+familyOf(p.Addr()), element{key: k}, p.String())
+}
+
+func (t *Table) networksDiffer(want []netip.Prefix) bool {
+	add, remove := t.networkChanges(want)
+	return len(add)+len(remove) > 0
+}
+
+// networkChanges compares the networks that no other holds; nil wants no change.
+func (t *Table) networkChanges(want []netip.Prefix) (add, remove []netip.Prefix) {
+	if want == nil {
+		return nil, nil
+	}
+	wanted := map[netip.Prefix]bool{}
+	for _, p := range want {
+		covered := false
+		for _, q := range want {
+			covered = covered || q != p && q.Bits() < p.Bits() && q.Contains(p.Addr())
+		}
+		if !covered && !wanted[p] {
+			wanted[p] = true
+			if !t.networks[p] {
+				add = append(add, p)
+			}
+		}
+	}
+	for p := range t.networks {
+		if !wanted[p] {
+			remove = append(remove, p)
+		}
+	}
+	return add, remove
+}
+
+// ErrMissing reports whether an Apply or Finish failed because an element it wanted to delete was not there, or one
+// it wanted to add was there with another value: somebody else edited the table.
+func ErrMissing(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) }

@@ -1,0 +1,274 @@
+package nft
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// programDiffers compares the table's chains, rules and sets with p and names the first difference, "" for none.
+// Rules are compared expression by expression: the kernel reports what it was sent, plus fields that are zero.
+func (t *Table) programDiffers(p *program) (string, error) {
+	sets, err := t.dumpTable(unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE)
+	if err != nil {
+		return "", fmt.Errorf("list sets: %w", err)
+	}
+	if d := setsDiffer(p, sets); d != "" {
+		return d, nil
+	}
+	chains, err := t.dumpTable(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE)
+	if err != nil {
+		return "", fmt.Errorf("list chains: %w", err)
+	}
+	if d, err := chainsDiffer(p, chains); d != "" || err != nil {
+		return d, err
+	}
+	rules, err := t.dumpTable(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE)
+	if err != nil {
+		return "", fmt.Errorf("list rules: %w", err)
+	}
+	if d, err := rulesDiffer(p, rules); d != "" || err != nil {
+		return d, err
+	}
+	for _, s := range p.sets {
+		if len(s.fixed) == 0 {
+			continue
+		}
+		elements, err := t.reader.dump(s.name)
+		if err != nil {
+			return "", err
+		}
+		if !sameFixed(s, elements) {
+			return "elements of " + s.name, nil
+		}
+	}
+	return "", nil
+}
+
+// dumpTable lists objects of one kind. Kernels differ in whether they filter by table: this does.
+func (t *Table) dumpTable(kind netlink.HeaderType, tableAttr uint16) ([]map[uint16][]byte, error) {
+	e := netlink.NewAttributeEncoder()
+	e.String(tableAttr, TableName)
+	m, err := nfnetlinkRequest(kind, netlink.Dump, e)
+	if err != nil {
+		return nil, fmt.Errorf("encode: %w", err)
+	}
+	replies, err := t.conn.Execute(m)
+	if err != nil {
+		return nil, err
+	}
+	var out []map[uint16][]byte
+	for _, r := range replies {
+		attrs, err := attributes(r)
+		if err != nil {
+			return nil, err
+		}
+		if r.Data[0] == unix.NFPROTO_INET && cString(attrs[tableAttr]) == TableName {
+			out = append(out, attrs)
+		}
+	}
+	return out, nil
+}
+
+func setsDiffer(p *program, got []map[uint16][]byte) string {
+	if len(got) != len(p.sets) {
+		return fmt.Sprintf("%d sets, want %d", len(got), len(p.sets))
+	}
+	for _, attrs := range got {
+		name := cString(attrs[unix.NFTA_SET_NAME])
+		s := p.set(name)
+		if s == nil {
+			return "set " + name
+		}
+		magic, size := s.keyType()
+		want := [5]uint32{s.allFlags(), magic, size, 0, 0}
+		have := [5]uint32{beUint32(attrs[unix.NFTA_SET_FLAGS]), beUint32(attrs[unix.NFTA_SET_KEY_TYPE]), beUint32(attrs[unix.NFTA_SET_KEY_LEN])}
+		if s.data != nil {
+			want[3], want[4] = s.data.magic, s.data.size
+			have[3], have[4] = beUint32(attrs[unix.NFTA_SET_DATA_TYPE]), beUint32(attrs[unix.NFTA_SET_DATA_LEN])
+		}
+		if want != have || !slices.Equal(attrs[unix.NFTA_SET_USERDATA], setUserData(s)) {
+			return "declaration of set " + name
+		}
+	}
+	return ""
+}
+
+func chainsDiffer(p *program, got []map[uint16][]byte) (string, error) {
+	if len(got) != len(p.chains) {
+		return fmt.Sprintf("%d chains, want %d", len(got), len(p.chains)), nil
+	}
+	for _, attrs := range got {
+		name := cString(attrs[unix.NFTA_CHAIN_NAME])
+		i := slices.IndexFunc(p.chains, func(c chain) bool { return c.name == name })
+		if i < 0 {
+			return "chain " + name, nil
+		}
+		var have hook
+		if h, ok := attrs[unix.NFTA_CHAIN_HOOK]; ok {
+			in, err := attributeMap(h)
+			if err != nil {
+				return "", err
+			}
+			have = hook{kind: cString(attrs[unix.NFTA_CHAIN_TYPE]), number: beUint32(in[unix.NFTA_HOOK_HOOKNUM]), priority: int32(beUint32(in[unix.NFTA_HOOK_PRIORITY]))}
+			if beUint32(attrs[unix.NFTA_CHAIN_POLICY]) != nfAccept {
+				return "policy of chain " + name, nil
+			}
+		}
+		var want hook
+		if h := p.chains[i].hook; h != nil {
+			want = hook{kind: h.kind, number: h.number, priority: h.priority}
+		}
+		if want != have {
+			return "hook of chain " + name, nil
+		}
+	}
+	return "", nil
+}
+
+func rulesDiffer(p *program, got []map[uint16][]byte) (string, error) {
+	byChain := map[string][][]byte{}
+	for _, attrs := range got {
+		name := cString(attrs[unix.NFTA_RULE_CHAIN])
+		byChain[name] = append(byChain[name], attrs[unix.NFTA_RULE_EXPRESSIONS])
+	}
+	for _, c := range p.chains {
+		have := byChain[c.name]
+		if len(have) != len(c.rules) {
+			return fmt.Sprintf("chain %s has %d rules, want %d", c.name, len(have), len(c.rules)), nil
+		}
+		for i, r := range c.rules {
+			want, err := r.encode(p)
+			if err != nil {
+				return "", err
+			}
+			if !sameExpressions(want, have[i]) {
+				return fmt.Sprintf("rule %d of chain %s", i+1, c.name), nil
+			}
+		}
+	}
+	return "", nil
+}
+
+type attribute struct {
+	kind uint16
+	data []byte
+}
+
+// split reads attributes in order, without the flag of nesting, which kernels do not report evenly.
+func split(b []byte) []attribute {
+	var out []attribute
+	for len(b) >= unix.NLA_HDRLEN {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.NLA_HDRLEN || n > len(b) {
+			return append(out, attribute{kind: 0xffff})
+		}
+		out = append(out, attribute{binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER), b[unix.NLA_HDRLEN:n]})
+		b = b[min((n+3)&^3, len(b)):]
+	}
+	return out
+}
+
+func find(as []attribute, kind uint16) []byte {
+	for _, a := range as {
+		if a.kind == kind {
+			return a.data
+		}
+	}
+	return nil
+}
+
+// sameExpressions compares two lists of expressions.
+func sameExpressions(want, have []byte) bool {
+	w, h := split(want), split(have)
+	return slices.EqualFunc(w, h, func(x, y attribute) bool { return sameExpression(x.data, y.data) })
+}
+
+func sameExpression(want, have []byte) bool {
+	w, h := split(want), split(have)
+	name := cString(find(w, unix.NFTA_EXPR_NAME))
+	if name != cString(find(h, unix.NFTA_EXPR_NAME)) {
+		return false
+	}
+	if name == "counter" {
+		return true
+	}
+	return sameFields(name, split(find(w, unix.NFTA_EXPR_DATA)), split(find(h, unix.NFTA_EXPR_DATA)))
+}
+
+func sameFields(name string, want, have []attribute) bool {
+	for _, w := range want {
+		h := find(have, w.kind)
+		switch {
+		case transient(name, w.kind):
+		case name == "dynset" && w.kind == unix.NFTA_DYNSET_EXPR:
+			if !sameExpression(w.data, h) {
+				return false
+			}
+		case nestedData(name, w.kind):
+			if !sameData(w.data, h) {
+				return false
+			}
+		case !bytes.Equal(w.data, h) && (h != nil || !zero(w.data)):
+			return false
+		}
+	}
+	for _, h := range have {
+		if find(want, h.kind) == nil && !transient(name, h.kind) && !zero(h.data) {
+			return false
+		}
+	}
+	return true
+}
+
+// transient fields name a set inside the batch that made it.
+func transient(name string, kind uint16) bool {
+	return name == "lookup" && kind == unix.NFTA_LOOKUP_SET_ID || name == "dynset" && kind == unix.NFTA_DYNSET_SET_ID
+}
+
+// nestedData fields hold a value or a verdict in attributes of their own.
+func nestedData(name string, kind uint16) bool {
+	switch name {
+	case "cmp":
+		return kind == unix.NFTA_CMP_DATA
+	case "bitwise":
+		return kind == unix.NFTA_BITWISE_MASK || kind == unix.NFTA_BITWISE_XOR
+	case "immediate":
+		return kind == unix.NFTA_IMMEDIATE_DATA
+	}
+	return false
+}
+
+func sameData(want, have []byte) bool {
+	return slices.EqualFunc(split(want), split(have), func(x, y attribute) bool {
+		if x.kind == unix.NFTA_DATA_VERDICT {
+			return x.kind == y.kind && slices.EqualFunc(split(x.data), split(y.data), func(x, y attribute) bool {
+				return x.kind == y.kind && bytes.Equal(x.data, y.data)
+			})
+		}
+		return x.kind == y.kind && bytes.Equal(x.data, y.data)
+	})
+}
+
+func zero(b []byte) bool { return !slices.ContainsFunc(b, func(c byte) bool { return c != 0 }) }
+
+// sameFixed compares the elements of a constant set, verdicts included.
+func sameFixed(s *setSpec, elements []rawElement) bool {
+	if len(elements) != len(s.fixed) {
+		return false
+	}
+	for _, f := range s.fixed {
+		i := slices.IndexFunc(elements, func(e rawElement) bool { return bytes.Equal(e.key, f.key) })
+		if i < 0 {
+			return false
+		}
+		if f.goes != nil && (int32(f.goes.kind) != elements[i].verdict || f.goes.chain != elements[i].chain) {
+			return false
+		}
+	}
+	return true
+}
