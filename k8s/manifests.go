@@ -21,6 +21,10 @@ const (
 	// busyPatience is how long a file may be open for writing before that is a
 	// Problem, and how long the first read waits for it.
 	busyPatience = 2 * time.Second
+	// busyInterval is the longest time between two looks at such a file. The kernel
+	// reports IN_CLOSE_WRITE a moment before it would grant a lease, so the event alone
+	// is not enough.
+	busyInterval = 100 * time.Millisecond
 	// blindInterval is how often directories that cannot be watched are looked at.
 	blindInterval = 2 * time.Second
 )
@@ -131,7 +135,7 @@ func (f *follower) run(ctx context.Context, sink Sink) error {
 // start reads everything once and waits, a little, for files that are being written.
 func (f *follower) start(ctx context.Context) error {
 	began := time.Now()
-	f.follow(changes{rescan: true}, began)
+	f.follow(changes{paths: map[string]bool{}, rescan: true}, began)
 	if f.lost != nil {
 		return fmt.Errorf("manifest directory: %w", f.lost)
 	}
@@ -141,7 +145,7 @@ func (f *follower) start(ctx context.Context) error {
 			return nil
 		}
 		c := changes{paths: map[string]bool{}}
-		if err := f.watcher.wait(left, &c); err != nil {
+		if err := f.watcher.wait(min(left, f.timeout(time.Now())), &c); err != nil {
 			return err
 		}
 		f.follow(c, time.Now())
@@ -161,9 +165,7 @@ func (f *follower) timeout(now time.Time) time.Duration {
 		earlier(since.Add(goneGrace))
 	}
 	for _, since := range f.busy {
-		if at := since.Add(busyPatience); at.After(now) {
-			earlier(at)
-		}
+		earlier(now.Add(min(max(now.Sub(since)/8, time.Millisecond), busyInterval)))
 	}
 	if f.watcher.blind != nil || f.lost != nil {
 		earlier(now.Add(blindInterval))
@@ -175,6 +177,9 @@ func (f *follower) timeout(now time.Time) time.Duration {
 func (f *follower) follow(c changes, now time.Time) []policy.Event {
 	if c.rescan || f.watcher.blind != nil || f.lost != nil {
 		f.rescan(&c)
+	}
+	for path := range f.busy {
+		c.paths[path] = true
 	}
 	updates := map[string]*parsedFile{}
 	for path := range c.paths {
@@ -197,12 +202,9 @@ func (f *follower) rescan(c *changes) {
 	files, err := f.watcher.scan()
 	if f.lost = err; err != nil {
 		// Files that vanished just now went with the directory.
-		c.paths = nil
+		clear(c.paths)
 		clear(f.gone)
 		return
-	}
-	if c.paths == nil {
-		c.paths = map[string]bool{}
 	}
 	for path := range files {
 		c.paths[path] = true

@@ -140,8 +140,12 @@ func (p *parser) object(data []byte, at Problem, f faults, depth int) {
 	m := manifest{place: at, faults: f, key: objectKey{kind: h.Kind}}
 	var err error
 	m.key.name, m.key.namespace, err = h.name()
-	if err != nil || m.key.name == "" {
-		at.Object, at.Field = h.Kind, "metadata.name"
+	at.Object, at.Field = h.Kind, "metadata.name"
+	switch {
+	case err != nil:
+		p.reject(at, "name and namespace must be strings", "put quotes around numbers and words like true, yes and y")
+		return
+	case m.key.name == "":
 		p.reject(at, "required", "name the object (generateName works only on an API server)")
 		return
 	}
@@ -285,7 +289,7 @@ func (m *manifest) decode(data []byte, o any, meta *metav1.ObjectMeta, namespace
 // which field only in its text: "cannot unmarshal number into Go struct field
 // NetworkPolicy.metadata.labels of type string".
 func (m *manifest) decodeError(err error) {
-	const remedy = "correct the type of the value (a number or a word like true needs quotes where a string is meant)"
+	const remedy = "correct the type of the value (numbers and words like true, yes and y need quotes where a string is meant)"
 	message := strings.TrimPrefix(err.Error(), "json: ")
 	what, rest, ok := strings.Cut(message, " into Go struct field ")
 	place, typ, ok2 := strings.Cut(rest, " of type ")

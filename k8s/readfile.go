@@ -14,7 +14,7 @@ var errBusy = errors.New("file is open for writing")
 
 // readFile reads a whole file as one writer left it. It takes a read lease for as long
 // as it reads: the kernel grants none while anyone has the file open for writing
-// (errBusy; IN_CLOSE_WRITE follows) and makes whoever opens it for writing or truncates
+// (errBusy) and makes whoever opens it for writing or truncates
 // it wait until the lease is given back. Where leases are not to be had (a foreign
 // owner's file without CAP_LEASE, some network file systems) a file that changed while
 // it was read is busy too. At most MaxFileSize+1 bytes are returned.
