@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -203,7 +204,7 @@ func (a *fakeAgent) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case PathBound:
 		var req AttachRequest
 		_ = json.NewDecoder(r.Body).Decode(&req)
-		if have, ok := a.attached[req.HostInterface]; !ok || !cmp.Equal(have.Addresses, req.Addresses, cmp.Comparer(func(x, y any) bool { return x == y })) {
+		if have, ok := a.attached[req.HostInterface]; !ok || !slices.Equal(have.Addresses, req.Addresses) {
 			w.WriteHeader(http.StatusConflict)
 			out = &Error{Code: types.ErrUnknownContainer, Message: "not bound"}
 		}
