@@ -1,0 +1,333 @@
+package cni
+
+import (
+	"net/netip"
+)
+
+// A meshState is everything the mesh wants the kernel to hold.
+type meshState struct {
+	tunnels map[string]*tunnel // by device
+	wgPeers map[wgKey]wgPeer
+	routes  map[routeKey]meshRoute
+}
+
+// A routeKey is what tells routes of the main table apart (the mesh sets no TOS).
+type routeKey struct {
+	dst    netip.Prefix
+	metric int
+}
+
+type meshRoute struct {
+	link         string // empty for unreachable
+	gateway, src netip.Addr
+	unreachable  bool
+}
+
+// A meshPlan decides one pass. It writes nothing and depends on nothing but its fields.
+type meshPlan struct {
+	cfg   *MeshConfig
+	view  *meshView
+	self  Peer
+	addrs pair // of this node
+	host  pair // sources of the host's own traffic into tunnels
+	state meshState
+	rep   Report
+	owner map[netip.Prefix]string // pod networks to the node that has them
+}
+
+// planMesh decides what the kernel should hold for self and peers (in the order of their names).
+func (c *MeshConfig) planMesh(self Peer, peers []Peer, v *meshView) (*meshState, Report, error) {
+	p := &meshPlan{cfg: c, view: v, self: self, owner: map[netip.Prefix]string{},
+		state: meshState{tunnels: map[string]*tunnel{}, wgPeers: map[wgKey]wgPeer{}, routes: map[routeKey]meshRoute{}}}
+	var err error
+	if p.addrs, err = c.Node.own(self, v); err != nil {
+		return nil, p.rep, err
+	}
+	p.rep.Addrs = p.addrs.list()
+	p.checkOwn()
+	p.claimOwn()
+	members := p.claim(peers)
+	if c.Mode != MeshNone {
+		if c.Encrypt == EncryptWireGuard {
+			p.device(WireGuardDevice, netip.Addr{})
+		}
+		for _, m := range members {
+			p.peer(m)
+		}
+	}
+	p.finishMTU(members)
+	return &p.state, p.rep, nil
+}
+
+func (p *meshPlan) checkOwn() {
+	for _, a := range p.rep.Addrs {
+		if _, ok := p.view.has(a); !ok {
+			p.rep.problem("", "address %s of this node is on none of its links (%s): set mesh node address, or mend the Node object", a, p.view.describeAddrs())
+		}
+	}
+}
+
+// claimOwn takes this node's pod networks: nobody else may have them, packets to pods that do not
+// exist end here instead of going round through the default route, and the first address is the host's.
+func (p *meshPlan) claimOwn() {
+	for _, cidr := range p.self.PodCIDRs {
+		cidr = cidr.Masked()
+		if reason := unfitPodCIDR(cidr); reason != "" {
+			p.rep.problem("", "pod network %s %s: mend spec.podCIDRs of this Node", cidr, reason)
+			continue
+		}
+		p.owner[cidr] = p.self.Name
+		if p.cfg.Mode != MeshNone {
+			p.fence(cidr)
+		}
+		p.host.add(cidr.Addr())
+	}
+	p.rep.HostAddrs = p.host.list()
+}
+
+// fence adds the route that shows when a better one to cidr does not exist (any more).
+func (p *meshPlan) fence(cidr netip.Prefix) {
+	p.state.routes[routeKey{cidr, fenceMetric}] = meshRoute{unreachable: true}
+}
+
+// A member is a peer with what of it is fit for use.
+type member struct {
+	Peer
+	addrs pair
+}
+
+// claim gives every pod network one owner and drops what would misdirect others' traffic.
+func (p *meshPlan) claim(peers []Peer) []member {
+	members := make([]member, 0, len(peers))
+	lengths := map[int]bool{}
+	for _, peer := range peers {
+		if peer.Name == p.self.Name {
+			continue
+		}
+		m := member{Peer: peer, addrs: p.cfg.Node.of(peer)}
+		m.PodCIDRs = nil
+		for _, cidr := range peer.PodCIDRs {
+			cidr = cidr.Masked()
+			if p.claimOne(peer.Name, cidr) {
+				m.PodCIDRs = append(m.PodCIDRs, cidr)
+				lengths[cidr.Bits()] = true
+			}
+		}
+		members = append(members, m)
+	}
+	for i := range members {
+		p.refuseInside(&members[i], lengths)
+	}
+	return members
+}
+
+func (p *meshPlan) claimOne(name string, cidr netip.Prefix) bool {
+	if reason := unfitPodCIDR(cidr); reason != "" {
+		p.rep.problem(name, "pod network %s %s: mend spec.podCIDRs of its Node", cidr, reason)
+		return false
+	}
+	if other, taken := p.owner[cidr]; taken {
+		if other != name {
+			p.rep.problem(name, "pod network %s belongs to node %s already: give each Node its own spec.podCIDRs", cidr, other)
+		}
+		return false
+	}
+	for _, own := range p.self.PodCIDRs {
+		if own.Overlaps(cidr) {
+			p.rep.problem(name, "pod network %s overlaps %s of this node: give each Node its own spec.podCIDRs", cidr, own)
+			return false
+		}
+	}
+	for _, a := range p.rep.Addrs {
+		if cidr.Contains(a) {
+			p.rep.problem(name, "pod network %s contains address %s of this node: give the pods a network of their own", cidr, a)
+			return false
+		}
+	}
+	p.owner[cidr] = name
+	return true
+}
+
+// refuseInside drops addresses inside a pod network: packets to them would enter the tunnel they are
+// meant to carry. The address is dropped and not the network, because a kubelet can write
+// the addresses of its own Node, and spec.podCIDRs only when it creates it.
+func (p *meshPlan) refuseInside(m *member, lengths map[int]bool) {
+	for i, a := range m.addrs {
+		for bits := range lengths {
+			if !a.IsValid() || bits > a.BitLen() {
+				continue
+			}
+			net := netip.PrefixFrom(a, bits).Masked()
+			if other, ok := p.owner[net]; ok {
+				p.rep.problem(m.Name, "its address %s is inside pod network %s of node %s and is not used: give nodes addresses outside the pod networks", a, net, other)
+				m.addrs[i] = netip.Addr{}
+				break
+			}
+		}
+	}
+}
+
+// unfitPodCIDR says what is wrong with a pod network, or nothing. The least lengths keep one mistaken
+// or hostile Node from taking over what is not pods.
+func unfitPodCIDR(p netip.Prefix) string {
+	least := 8
+	if p.Addr().Is6() {
+		least = 16
+	}
+	switch {
+	case !p.IsValid() || p.Addr().Is4In6():
+		return "is not a prefix"
+	case p.Bits() < least:
+		return "is too large"
+	case !p.Addr().IsGlobalUnicast():
+		return "is not unicast"
+	case p.Addr().BitLen()-p.Bits() < 1:
+		return "has a single address"
+	}
+	return ""
+}
+
+// device returns the plan's tunnel of a name, made on first use.
+func (p *meshPlan) device(name string, local netip.Addr) *tunnel {
+	t := p.state.tunnels[name]
+	if t == nil {
+		t = &tunnel{local: local, addrs: p.host.list(), fdb: map[hwAddr]netip.Addr{}, neigh: map[netip.Addr]hwAddr{}}
+		p.state.tunnels[name] = t
+	}
+	return t
+}
+
+func (p *meshPlan) peer(m member) {
+	if len(m.PodCIDRs) == 0 {
+		return // nothing there to reach, for example a Node that has just been created
+	}
+	if len(m.addrs.list()) == 0 {
+		p.rep.problem(m.Name, "it has no address that can be used: its Node needs an InternalIP")
+	}
+	if p.cfg.Encrypt == EncryptWireGuard && p.encrypted(m) {
+		return
+	}
+	for _, cidr := range m.PodCIDRs {
+		p.plain(m, cidr)
+	}
+}
+
+// plain routes one network without encryption, over the underlay of its own family if both
+// nodes have that, and else over the other one in VXLAN.
+func (p *meshPlan) plain(m member, cidr netip.Prefix) {
+	i := familyIndex(cidr.Addr())
+	if p.addrs[i].IsValid() && m.addrs[i].IsValid() {
+		path := p.pathTo(m, m.addrs[i])
+		switch {
+		case path.local:
+		case path.onLink && p.cfg.Mode != MeshVXLAN:
+			p.direct(m, cidr, path)
+		case p.cfg.Mode == MeshDirect:
+			p.rep.problem(m.Name, "mode direct, and its address %s is not on a link of this node: set mesh mode to auto", m.addrs[i])
+		default:
+			p.vxlan(m, cidr, i, path)
+		}
+		return
+	}
+	if i = 1 - i; p.cfg.Mode != MeshDirect && p.addrs[i].IsValid() && m.addrs[i].IsValid() {
+		if path := p.pathTo(m, m.addrs[i]); !path.local {
+			p.vxlan(m, cidr, i, path)
+		}
+		return
+	}
+	p.rep.problem(m.Name, "no way to %s: it has addresses %v, this node %v, mesh mode is %s", cidr, m.addrs.list(), p.rep.Addrs, p.cfg.Mode)
+}
+
+// pathTo looks up a peer's address and reports what is wrong with the answer.
+func (p *meshPlan) pathTo(m member, a netip.Addr) meshPath {
+	path := p.view.path(a)
+	switch {
+	case path.local:
+		p.rep.problem(m.Name, "its address %s is one of this node's: two nodes need two addresses", a)
+	case path.err != nil:
+		p.rep.problem(m.Name, "no route to its address %s: %v", a, path.err)
+	case isMeshDevice(path.link):
+		p.rep.problem(m.Name, "the route to its address %s leads into the mesh itself through %s", a, path.link)
+	}
+	return path
+}
+
+func (p *meshPlan) direct(m member, cidr netip.Prefix, path meshPath) {
+	i := familyIndex(cidr.Addr())
+	r := meshRoute{link: path.link, gateway: m.addrs[i]}
+	// The kernel refuses a source that it does not have; without one it takes the link's own.
+	if _, ok := p.view.has(p.addrs[i]); ok {
+		r.src = p.addrs[i]
+	}
+	p.state.routes[routeKey{cidr, meshMetric}] = r
+	p.rep.Paths = append(p.rep.Paths, PeerPath{Peer: m.Name, PodCIDR: cidr, Via: ViaDirect, Address: m.addrs[i],
+		Link: path.link, LinkMTU: path.mtu, MTU: path.mtu})
+}
+
+// vxlan routes through the device of the underlay i. The gateway is the peer's own address inside the tunnel; like
+// this node's it is the first of the network, which no pod gets.
+func (p *meshPlan) vxlan(m member, cidr netip.Prefix, i int, path meshPath) {
+	name, remote := vxlanDevice(p.addrs[i]), m.addrs[i]
+	t := p.device(name, p.addrs[i])
+	mac := vxlanMAC(remote)
+	if other, taken := t.fdb[mac]; taken && other != remote {
+		p.rep.problem(m.Name, "its address %s has the same VXLAN MAC address as %s: give it another address", remote, other)
+		return
+	}
+	t.fdb[mac] = remote
+	t.neigh[cidr.Addr()] = mac
+	p.state.routes[routeKey{cidr, meshMetric}] = meshRoute{link: name, gateway: cidr.Addr(), src: p.host[familyIndex(cidr.Addr())]}
+	p.through(t, PeerPath{Peer: m.Name, PodCIDR: cidr, Via: ViaVXLAN, Address: remote}, path, vxlanOverhead(remote))
+}
+
+// through records a path inside a tunnel.
+func (p *meshPlan) through(t *tunnel, report PeerPath, path meshPath, overhead int) {
+	if path.err == nil {
+		report.Link, report.LinkMTU, report.MTU = path.link, path.mtu, path.mtu-overhead
+		t.mtu = least(t.mtu, report.MTU)
+	}
+	p.rep.Paths = append(p.rep.Paths, report)
+}
+
+// finishMTU takes the least MTU of all paths for the pods, and that of this node's own links for devices
+// and pods that have no path yet.
+func (p *meshPlan) finishMTU(members []member) {
+	for _, path := range p.rep.Paths {
+		p.rep.MTU = least(p.rep.MTU, path.MTU)
+		if path.MTU != 0 && path.MTU < minIPv6MTU {
+			p.rep.problem(path.Peer, "the path leaves pods %d bytes a packet through %s, and IPv6 needs %d: raise that link's MTU", path.MTU, path.Link, minIPv6MTU)
+		}
+		if p.cfg.MTU > path.MTU && path.MTU != 0 {
+			p.rep.problem(path.Peer, "mtu is set to %d, and the path through %s carries %d: lower it", p.cfg.MTU, path.Link, path.MTU)
+		}
+	}
+	for i, a := range p.addrs {
+		link, ok := p.view.has(a)
+		if !ok {
+			continue
+		}
+		mtu := p.view.links[link].mtu
+		for name, t := range p.state.tunnels {
+			if t.mtu == 0 && (name == WireGuardDevice || t.local == p.addrs[i]) {
+				t.mtu = mtu - p.overhead(name, a)
+			}
+		}
+		if len(p.rep.Paths) == 0 {
+			p.rep.MTU = least(p.rep.MTU, mtu-p.overhead("", a))
+		}
+	}
+	if p.cfg.MTU != 0 {
+		p.rep.MTU = p.cfg.MTU
+	}
+}
+
+// overhead is that of a device, or of what every path of the configured mode has.
+func (p *meshPlan) overhead(device string, underlay netip.Addr) int {
+	switch {
+	case device == WireGuardDevice, device == "" && p.cfg.Encrypt == EncryptWireGuard:
+		return wireGuardOverhead(underlay)
+	case device != "", p.cfg.Mode == MeshVXLAN:
+		return vxlanOverhead(underlay)
+	}
+	return 0
+}
