@@ -51,7 +51,9 @@ func NewCommand() *cobra.Command {
 	f.StringVar(&s.runDir, "run-dir", cni.DefaultRunDir, "the agent's runDir (its socket is in it)")
 	f.StringVar(&s.stateDir, "state-dir", cni.DefaultStateDir, "the agent's stateDir (the leases are in it)")
 	f.StringVarP(&s.format, "output", "o", "table", "table, json or yaml")
-	cmd.AddCommand(s.statusCommand(), s.podsCommand(), s.policiesCommand(), s.ipamCommand(), s.whyCommand())
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]cobra.Completion{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.AddCommand(s.statusCommand(), s.podsCommand(), s.policiesCommand(), s.ipamCommand(), s.whyCommand(),
+		s.matrixCommand(), s.graphCommand())
 	return cmd
 }
 

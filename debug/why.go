@@ -240,29 +240,55 @@ func writeAnswers(w io.Writer, answers []Answer, all bool) error {
 		if i > 0 {
 			fmt.Fprintln(w)
 		}
-		fmt.Fprintf(w, "%s: %s -> %s %s\n\n", verdict(a.Allowed), withAddr(a.Src, a.Flow.Src), withAddr(a.Dst, a.Flow.Dst), serviceName(a.Flow))
-		t := &table{header: []string{"DIRECTION", "VERDICT", "BECAUSE", "KERNEL"}}
-		t.add("egress", a.Egress.Oracle.Action.String(), a.Egress.Because, kernelText(a.Egress))
-		t.add("ingress", a.Ingress.Oracle.Action.String(), a.Ingress.Because, kernelText(a.Ingress))
-		if err := t.write(w); err != nil {
+		if err := writeAnswer(w, a, all, true); err != nil {
 			return err
-		}
-		for i, s := range []Side{a.Egress, a.Ingress} {
-			if s.Nearest != "" {
-				fmt.Fprintf(w, "\n%s of %s: %s\n", [2]string{"egress", "ingress"}[i], s.Oracle.Pod, s.Nearest)
-			}
 		}
 		if a.KernelNote != "" {
 			fmt.Fprintf(w, "\nthe kernel was not asked: %s\n", a.KernelNote)
 		}
-		if all {
-			if err := writeConsidered(w, a); err != nil {
-				return err
-			}
-		}
 		if err := a.Path.write(w); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// writeExplained is writeAnswers without a node.
+func writeExplained(w io.Writer, answers []Answer, all bool) error {
+	for i, a := range answers {
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		if err := writeAnswer(w, a, all, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeAnswer(w io.Writer, a Answer, all, kernel bool) error {
+	fmt.Fprintf(w, "%s: %s -> %s %s\n\n", verdict(a.Allowed), withAddr(a.Src, a.Flow.Src), withAddr(a.Dst, a.Flow.Dst), serviceName(a.Flow))
+	t := &table{header: []string{"DIRECTION", "VERDICT", "BECAUSE"}}
+	if kernel {
+		t.header = append(t.header, "KERNEL")
+	}
+	for i, s := range []Side{a.Egress, a.Ingress} {
+		row := []string{[2]string{"egress", "ingress"}[i], s.Oracle.Action.String(), s.Because}
+		if kernel {
+			row = append(row, kernelText(s))
+		}
+		t.add(row...)
+	}
+	if err := t.write(w); err != nil {
+		return err
+	}
+	for i, s := range []Side{a.Egress, a.Ingress} {
+		if s.Nearest != "" {
+			fmt.Fprintf(w, "\n%s of %s: %s\n", [2]string{"egress", "ingress"}[i], s.Oracle.Pod, s.Nearest)
+		}
+	}
+	if all {
+		return writeConsidered(w, a)
 	}
 	return nil
 }
