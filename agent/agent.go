@@ -57,6 +57,7 @@ func Run(ctx context.Context, o Options) error {
 	l.waitForPods = o.WaitForPods
 	l.reopen = func(ctx context.Context) (dataplane, error) { return nft.Open(ctx, opts) }
 	defer func() { _ = l.table.Close() }()
+	l.serving = func() { o.told("serving", o.Serving) }
 	l.loadAttachments()
 	return l.serveAll(ctx, o, opts)
 }
@@ -120,7 +121,7 @@ func (l *loop) serveAll(ctx context.Context, o Options, opts nft.Options) error 
 	start("loop", func() error { return l.run(ctx) })
 	start("socket", func() error { return serveHTTP(&srv.http, ln) })
 	start("source", func() error {
-		return o.Source.Run(ctx, sink{ctx, l, func() { o.told("serving", o.Serving) }, new([]k8s.Problem)})
+		return o.Source.Run(ctx, sink{ctx, l, new([]k8s.Problem)})
 	})
 	start("watch", func() error { return l.watch(ctx, opts) })
 	start("orphans", func() error { return l.reconcile(ctx) })
@@ -146,20 +147,15 @@ func serveHTTP(s *http.Server, ln net.Listener) error {
 
 // sink is the loop as k8s.Sink.
 type sink struct {
-	ctx     context.Context
-	loop    *loop
-	serving func()
-	known   *[]k8s.Problem // already logged
+	ctx   context.Context
+	loop  *loop
+	known *[]k8s.Problem // already logged
 }
 
 // Replace implements k8s.Sink.
 func (s sink) Replace(c *policy.Cluster, problems []k8s.Problem) {
 	s.logProblems(problems)
 	_ = s.loop.send(s.ctx, s.loop.replace(c, problems))
-	err := s.loop.do(s.ctx, func() {}) // the batch before this one is committed
-	if err == nil && s.serving != nil {
-		s.serving()
-	}
 }
 
 // Apply implements k8s.Sink.

@@ -61,6 +61,7 @@ type loop struct {
 	inGrace     bool
 	state       nft.State // as found at start or after the last error; bindings are kept current
 	commits     commitLog
+	serving     func()               // told once, when the first complete state is in force
 	publish     func(cni.Attachment) // tells other nodes the addresses; must not block
 }
 
@@ -224,7 +225,13 @@ func (l *loop) resync(ctx context.Context) (nft.Receipt, error) {
 		time.AfterFunc(time.Second, func() { _ = l.send(ctx, func(b *batch) { b.replace = b.replace || l.broken != nil }) })
 		return r, err
 	}
-	l.broken, l.synced = nil, true
+	l.broken = nil
+	if !l.synced {
+		l.synced = true
+		if l.serving != nil {
+			l.serving()
+		}
+	}
 	return r, nil
 }
 
