@@ -60,9 +60,14 @@ func decideDirection(lookup LookupFunc, dir Direction, self, other netip.Addr, f
 	profiles, isolated := profileMap(dir), isolatedSet(dir)
 	var ok bool
 	if d.Profile, ok = get(Key{Map: profiles, Addr: self}); !ok {
-		_, member := get(Key{Map: isolated, Addr: self})
-		d.Judged, d.Allowed = member, !member
-		return d
+		if _, member := get(Key{Map: isolated, Addr: self}); !member {
+			d.Judged, d.Allowed = false, true
+			return d
+		}
+		// The policy may have come between the two lookups; its profile came first.
+		if d.Profile, ok = get(Key{Map: profiles, Addr: self}); !ok {
+			return d
+		}
 	}
 	d.Identity = IdentityOthers
 	for _, m := range [2]Map{NetID, PodID} {

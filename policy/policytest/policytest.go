@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 
 	"github.com/nftcni/nftcni/policy"
 )
@@ -126,7 +127,7 @@ func (g *Generator) Pod(i int) policy.Pod {
 	p.HostNetwork = g.chance(4)
 	p.Finished = g.chance(4)
 	p.Attached = g.chance(30)
-	if g.chance(70) {
+	if g.chance(80) {
 		p.Ports = append(p.Ports, policy.NamedPort{Name: "http", Protocol: pick(g, policy.TCP, policy.TCP, policy.UDP), Port: pick[uint16](g, 80, 8080, 81)})
 	}
 	if g.chance(30) {
@@ -141,7 +142,7 @@ func (g *Generator) selector(key string, values ...string) policy.Selector {
 	if g.chance(25) {
 		return s
 	}
-	for range 1 + g.IntN(2)/1*g.IntN(2) {
+	for range 1 + g.IntN(2) {
 		r := policy.Requirement{Key: key, Op: pick(g, policy.In, policy.In, policy.In, policy.NotIn, policy.Exists, policy.DoesNotExist)}
 		if r.Op == policy.In || r.Op == policy.NotIn {
 			r.Values = []string{pick(g, values...)}
@@ -226,9 +227,10 @@ func (g *Generator) ports() []policy.PortMatch {
 func (g *Generator) port() policy.PortMatch {
 	m := policy.PortMatch{Protocol: pick(g, policy.TCP, policy.TCP, policy.TCP, policy.UDP, policy.UDP, policy.SCTP)}
 	switch n := g.IntN(100); {
-	case n < 35:
-		m.Name = pick(g, "http", "http", "dns", "absent")
-	case n < 70:
+	case n < 45:
+		m.Name = pick(g, "http", "http", "http", "http", "http", "dns", "absent")
+		m.Protocol = pick(g, policy.TCP, policy.TCP, policy.TCP, policy.UDP, policy.SCTP)
+	case n < 75:
 		m.First = pick[uint16](g, 79, 80, 81, 85, 8000, 0)
 		m.Last = m.First + pick[uint16](g, 0, 1, 5, 10, 1000)
 	case n < 90:
@@ -295,6 +297,13 @@ func (g *Generator) rule(ns string) policy.Rule {
 // Flow draws a question about c. Most have at least one pod at an end and a port that
 // some rule names.
 func (g *Generator) Flow(c *policy.Cluster) policy.Flow {
+	if g.chance(90) && len(c.Policies) > 0 {
+		for range 6 {
+			if f, ok := g.aimedFlow(c); ok {
+				return f
+			}
+		}
+	}
 	v6 := g.chance(35)
 	f := policy.Flow{Src: g.address(c, v6), Dst: g.address(c, v6), Protocol: pick(g, policy.TCP, policy.TCP, policy.TCP, policy.UDP, policy.UDP, policy.SCTP)}
 	f.Port = pick[uint16](g, 80, 80, 80, 8080, 53, 81, 90, 79, 82, 84, 86, 91, 95, 8000, 8001, 8005, 1, 1000, 65535)
@@ -305,6 +314,101 @@ func (g *Generator) Flow(c *policy.Cluster) policy.Flow {
 		f.Protocol, f.Port = policy.Protocol(pick(g, 50, 47)), 0
 	}
 	return f
+}
+
+// aimedFlow draws a flow near what a random rule matches.
+func (g *Generator) aimedFlow(c *policy.Cluster) (policy.Flow, bool) {
+	p := &c.Policies[g.IntN(len(c.Policies))]
+	d := policy.Directions[g.IntN(2)]
+	if !p.Applies[d] || len(p.Rules[d]) == 0 {
+		return policy.Flow{}, false
+	}
+	r := &p.Rules[d][g.IntN(len(p.Rules[d]))]
+	if !slices.ContainsFunc(r.Ports, func(m policy.PortMatch) bool { return m.Name != "" }) && g.chance(60) {
+		return policy.Flow{}, false
+	}
+	v6 := g.chance(35)
+	self, ok := g.member(c, &p.Subject, v6)
+	if !ok {
+		return policy.Flow{}, false
+	}
+	other := g.address(c, v6)
+	if len(r.Peers) > 0 {
+		if peer := r.Peers[g.IntN(len(r.Peers))]; peer.Pods != nil {
+			if a, ok := g.member(c, peer.Pods, v6); ok {
+				other = a
+			}
+		} else if peer.Block.CIDR.Addr().Is6() == v6 {
+			other = g.inside(peer.Block.CIDR)
+		}
+	}
+	f := policy.Flow{Src: other, Dst: self, Protocol: policy.TCP, Port: 80}
+	if d == policy.Egress {
+		f.Src, f.Dst = self, other
+	}
+	if len(r.Ports) > 0 {
+		g.aimPort(c, &f, r.Ports)
+	}
+	return f, true
+}
+
+// aimPort gives f a protocol and port that one of ports matches, or nearly.
+func (g *Generator) aimPort(c *policy.Cluster, f *policy.Flow, ports []policy.PortMatch) {
+	m := ports[g.IntN(len(ports))]
+	for _, n := range ports {
+		if n.Name != "" && g.chance(80) {
+			m = n
+		}
+	}
+	f.Protocol, f.Port = m.Protocol, m.First
+	if m.Last > m.First {
+		f.Port += uint16(g.IntN(int(m.Last - m.First)))
+	}
+	if g.chance(10) {
+		f.Port = m.Last + 1
+	}
+	if m.Protocol == policy.AnyProtocol {
+		f.Protocol = pick(g, policy.TCP, policy.UDP, policy.SCTP, policy.ICMP)
+	}
+	for _, p := range c.Pods {
+		for _, a := range p.Addrs {
+			for _, n := range p.Ports {
+				if m.Name == n.Name && m.Protocol == n.Protocol && a == f.Dst {
+					f.Protocol, f.Port = n.Protocol, n.Port
+				}
+			}
+		}
+	}
+	if m.Name != "" && f.Port == 0 {
+		f.Port = 80
+	}
+}
+
+// member draws an address of a pod that s may select (namespace labels are ignored).
+func (g *Generator) member(c *policy.Cluster, s *policy.PodSelector, v6 bool) (netip.Addr, bool) {
+	for range 30 {
+		p := &c.Pods[g.IntN(max(1, len(c.Pods)))]
+		if s.Namespace != "" && s.Namespace != p.Namespace || !s.Pods.Matches(p.Labels) || p.HostNetwork || p.Finished {
+			continue
+		}
+		for _, a := range p.Addrs {
+			if a.Is6() == v6 {
+				return a, true
+			}
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// inside draws an address of p, near its start.
+func (g *Generator) inside(p netip.Prefix) netip.Addr {
+	a := p.Addr()
+	for range g.IntN(20) {
+		if n := a.Next(); p.Contains(n) {
+			a = n
+		}
+	}
+	return a
 }
 
 func (g *Generator) address(c *policy.Cluster, v6 bool) netip.Addr {

@@ -1,0 +1,247 @@
+package policy_test
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
+
+	"github.com/nftcni/nftcni/policy"
+	"github.com/nftcni/nftcni/policy/policytest"
+)
+
+// follower applies an engine's deltas to tables of its own, as a kernel would, and
+// judges flows in every state in between.
+type follower struct {
+	e      *policy.Engine
+	tables policy.Tables
+	old    *policy.Cluster
+	g      *policytest.Generator
+	r      *rand.Rand
+	flows  int
+	stats  map[string]int
+}
+
+func newFollower(seed uint64, o policytest.Options) *follower {
+	return &follower{
+		e: policy.NewEngine(policytest.Node(0)), tables: policy.Tables{}, old: &policy.Cluster{},
+		g: policytest.New(seed, o), r: rand.New(rand.NewPCG(seed, 1)), flows: 150, stats: map[string]int{},
+	}
+}
+
+// local lists the addresses of the node's pods, which is what the dataplane binds.
+func local(c *policy.Cluster) map[netip.Addr]bool {
+	m := map[netip.Addr]bool{}
+	o := policy.NewOracle(c, policytest.Node(0))
+	for _, p := range c.Pods {
+		for _, a := range p.Addrs {
+			if w := o.Owner(a); w != nil && w.Node == policytest.Node(0) {
+				m[a] = true
+			}
+		}
+	}
+	return m
+}
+
+// follow applies d, whose end is the engine's cluster.
+func (f *follower) follow(d policy.Delta) error {
+	now := f.e.Cluster()
+	states := []policy.Tables{maps.Clone(f.tables)}
+	for i, step := range d.Steps {
+		if err := f.tables.Apply(step); err != nil {
+			return fmt.Errorf("step %d: %w", i, err)
+		}
+		states = append(states, maps.Clone(f.tables))
+	}
+	if err := f.flowsBetween(d, states, now); err != nil {
+		return err
+	}
+	if err := f.tables.Apply(d.Drops); err != nil {
+		return fmt.Errorf("drops: %w", err)
+	}
+	if diff := cmp.Diff(f.e.Tables(), f.tables, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		return fmt.Errorf("engine's tables (-) and the applied deltas (+) differ:\n%s", diff)
+	}
+	f.old = now
+	return nil
+}
+
+func (f *follower) flowsBetween(d policy.Delta, states []policy.Tables, now *policy.Cluster) error {
+	before, after := policy.NewOracle(f.old, policytest.Node(0)), policy.NewOracle(now, policytest.Node(0))
+	was, is := local(f.old), local(now)
+	index := make([]policy.LookupFunc, len(states))
+	for i, s := range states {
+		index[i] = s.Index()
+	}
+	for n := range f.flows {
+		c := now
+		if n%2 == 0 && len(f.old.Pods) > 0 {
+			c = f.old
+		}
+		if len(c.Pods) == 0 {
+			return nil
+		}
+		flow := f.g.Flow(c)
+		o, w := before.Evaluate(flow), after.Evaluate(flow)
+		if !judged(o) || !judged(w) {
+			continue
+		}
+		if got := policy.DecideWith(index[len(index)-1], flow); got.Allowed != w.Allowed || got.Log != w.Log {
+			return fmt.Errorf("%+v after the last step: tables %+v, oracle %+v", flow, got, w)
+		}
+		if was[flow.Src] != is[flow.Src] || was[flow.Dst] != is[flow.Dst] {
+			continue // not bound while the steps are committed
+		}
+		if o.Allowed && !w.Allowed && !d.Revokes {
+			return fmt.Errorf("%+v was allowed and is denied, but the delta does not revoke", flow)
+		}
+		if o.Allowed == w.Allowed {
+			f.stats["same"]++
+		} else {
+			f.stats["changed"]++
+		}
+		for range 12 {
+			got := policy.DecideWith(f.straddle(index, d.Pause), flow)
+			if got.Allowed != o.Allowed && got.Allowed != w.Allowed {
+				return fmt.Errorf("%+v in between: tables %+v, old %+v, new %+v\n%s", flow, got, o, w, stepsText(d))
+			}
+		}
+	}
+	return nil
+}
+
+// straddle looks up like a packet: each lookup at an instant not before the last one's,
+// all of them on one side of the grace period.
+func (f *follower) straddle(index []policy.LookupFunc, pause int) policy.LookupFunc {
+	from, to := 0, len(index)-1
+	if pause > 0 {
+		if f.r.IntN(2) == 0 {
+			to = pause
+		} else {
+			from = pause
+		}
+	}
+	at := from + f.r.IntN(to-from+1)
+	return func(k policy.Key) (uint32, bool) {
+		if f.r.IntN(3) == 0 {
+			at += f.r.IntN(to - at + 1)
+		}
+		return index[at](k)
+	}
+}
+
+func stepsText(d policy.Delta) string {
+	var b strings.Builder
+	for i, s := range d.Steps {
+		fmt.Fprintf(&b, "step %d (pause %v)\n", i, d.Pause == i && i > 0)
+		for _, op := range s {
+			fmt.Fprintf(&b, "  delete=%v %+v\n", op.Delete, op.Element)
+		}
+	}
+	return b.String()
+}
+
+// compare says that the tidied engine equals compiling from scratch.
+func (f *follower) compare() error {
+	if err := f.follow(f.e.Tidy()); err != nil {
+		return fmt.Errorf("tidy: %w", err)
+	}
+	want := policy.Compile(f.e.Cluster(), policytest.Node(0)).Tables
+	if diff := cmp.Diff(strings.Split(policy.Canonical(want), "\n"), strings.Split(policy.Canonical(f.tables), "\n")); diff != "" {
+		return fmt.Errorf("from scratch (-) and incremental (+) differ:\n%s", diff)
+	}
+	return nil
+}
+
+func TestEngineFollowsEvents(t *testing.T) {
+	runs := 150
+	if os.Getenv("NFTCNI_FULL") != "" {
+		runs = 3000
+	}
+	for _, tiers := range []bool{false, true} {
+		t.Run(fmt.Sprintf("tiers=%v", tiers), func(t *testing.T) {
+			stats := map[string]int{}
+			for seed := range uint64(runs) {
+				f := newFollower(seed, policytest.Options{Tiers: tiers})
+				f.stats = stats
+				if err := f.follow(f.e.Replace(f.g.Cluster())); err != nil {
+					t.Fatalf("seed %d, first replace: %v", seed, err)
+				}
+				for i := range 25 {
+					if err := f.random(f.r.IntN(20)); err != nil {
+						t.Fatalf("seed %d, event %d: %v", seed, i, err)
+					}
+				}
+				if err := f.compare(); err != nil {
+					t.Fatalf("seed %d: %v", seed, err)
+				}
+			}
+			t.Logf("flows judged between states: %v", stats)
+		})
+	}
+}
+
+// random makes the n-th kind of change.
+func (f *follower) random(n int) error {
+	switch {
+	case n < 15:
+		ev := f.g.Event()
+		d := f.e.Apply(ev)
+		if err := f.follow(d); err != nil {
+			return fmt.Errorf("%s: %w", describe(ev), err)
+		}
+		if again := f.e.Apply(ev); !again.Empty() {
+			return fmt.Errorf("%s repeated gives a delta", describe(ev))
+		}
+		return nil
+	case n < 17:
+		var evs []policy.Event
+		for range 2 + f.r.IntN(4) {
+			evs = append(evs, f.g.Event())
+		}
+		return f.follow(f.e.Apply(evs...))
+	case n < 18:
+		return f.follow(f.e.Replace(f.g.Cluster()))
+	case n < 19:
+		if d := f.e.Replace(f.e.Cluster()); !d.Empty() {
+			return fmt.Errorf("resync without a change gives a delta")
+		}
+		return nil
+	}
+	return f.compare()
+}
+
+func describe(ev policy.Event) string {
+	switch {
+	case ev.Pod != nil:
+		return fmt.Sprintf("delete=%v pod %+v", ev.Delete, *ev.Pod)
+	case ev.Namespace != nil:
+		return fmt.Sprintf("delete=%v namespace %+v", ev.Delete, *ev.Namespace)
+	case ev.Policy != nil:
+		return fmt.Sprintf("delete=%v policy %+v", ev.Delete, *ev.Policy)
+	}
+	return "node"
+}
+
+// TestEngineAnySequence is the state machine: whatever the order of changes, the engine
+// equals compiling from scratch.
+func TestEngineAnySequence(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		f := newFollower(rapid.Uint64Range(0, 1<<20).Draw(t, "seed"), policytest.Options{Tiers: rapid.Bool().Draw(t, "tiers")})
+		f.flows = 40
+		for _, n := range rapid.SliceOfN(rapid.IntRange(0, 19), 0, 30).Draw(t, "changes") {
+			if err := f.random(n); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := f.compare(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
