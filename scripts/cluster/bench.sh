@@ -1,0 +1,54 @@
+# Sourced by scripts/cluster-test: a cluster on this machine (../shared/cluster, or where
+# CLUSTER_BENCH says) with nftcni in it, in one of two forms.
+
+bench=${CLUSTER_BENCH:-$(cd .. && pwd)/shared/cluster}
+export BENCH_DIR=${BENCH_DIR:-${TMPDIR:-/tmp}/kb-bench} BENCH_FAMILY=$family
+# Folders that nftcni writes and that the bench's nodes would otherwise share with the machine.
+private_dirs="/var/lib/nftcni /etc/nftcni /usr/local/bin /etc/systemd /etc/NetworkManager /etc/sysctl.d"
+
+bench_up() {
+  [ -x "$bench/up" ] && [ -x "$BENCH_DIR/bin/kubelet" ] || {
+    echo "no test cluster here: set CLUSTER_BENCH to the bench's scripts and BENCH_DIR to where its 'build' put the binaries, or KUBECONFIG to a cluster of yours" >&2
+    exit 2
+  }
+  local made=() d
+  for d in $private_dirs; do [ -e "$d" ] || { mkdir -p "$d"; made+=("$d"); }; done
+  bench_made=("${made[@]}")
+  trap bench_down EXIT
+  work=$(mktemp -d)
+  mkdir "$work/bin"
+  # The runtime calls the plugin "loopback" for every pod, whatever the network is.
+  cp "$BENCH_DIR/bin/cni/loopback" "$work/bin/"
+  build "$work/nftcni"
+  export NFTCNI=$work/nftcni NFTCNI_MANIFEST=$PWD/deploy/nftcni.yaml PRIVATE_DIRS=$private_dirs FORM=$form STATIC_ROUTES=${STATIC_ROUTES:-1}
+  export BENCH_CNI_BIN_DIR=$work/bin BENCH_CNI_HOOK=$PWD/scripts/cluster/node-hook BENCH_CNI_AGENT= BENCH_NO_WAIT=0 BENCH_IMAGES=
+  case $form in
+  install) BENCH_CNI_AGENT='$(sed -n s/^ExecStart=//p /etc/systemd/system/nftcni-agent.service)' ;;
+  daemonset)
+    scripts/image "$work/nftcni.tar" ghcr.io/nftcni/nftcni:dev
+    BENCH_IMAGES=$work/nftcni.tar BENCH_NO_WAIT=1
+    ;;
+  esac
+  "$bench/up" "$nodes" 2>&1 | sed 's/^/  /'
+  if [ "$form" = daemonset ]; then
+    k apply -f deploy/nftcni.yaml
+    # Pods of the network itself find the API server without a Service.
+    k -n kube-system rollout status ds/nftcni --timeout=120s
+    k wait --for=condition=Ready node --all --timeout=120s
+    k -n kube-system rollout status deploy/coredns --timeout=120s
+  fi
+}
+
+bench_down() {
+  local d
+  if [ "${KEEP:-0}" = 1 ]; then
+    echo "kept: $bench/kubectl, $bench/x NODE COMMAND, and $bench/down to end it; logs in $BENCH_DIR/state/m/*/log" >&2
+    return
+  fi
+  BENCH_KEEP_LOGS=${BENCH_KEEP_LOGS-} "$bench/down" >/dev/null 2>&1
+  for d in "${bench_made[@]}"; do rmdir "$d" 2>/dev/null; done
+  rm -rf "$work"
+}
+
+k() { "$bench/kubectl" "$@"; }
+on() { "$bench/x" "$@"; }

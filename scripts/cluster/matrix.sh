@@ -1,0 +1,126 @@
+# Sourced by scripts/cluster-test: truth tables by real pods (testdata/cluster/README.md).
+
+matrix_ports="tcp/80 tcp/81 udp/80 udp/81 icmp/0"
+declare -A pod_ip
+
+matrix_pods() {
+  local ns p main node i=0 all
+  mapfile -t all < <(k get nodes -o 'jsonpath={range .items[*]}{.metadata.name}{"\n"}{end}')
+  for ns in x y z; do
+    echo "{apiVersion: v1, kind: Namespace, metadata: {name: policy-$ns, labels: {ns: $ns}}}"
+    for p in a b c; do
+      main=81 node=${all[i++ % ${#all[@]}]}
+      [ $p != a ] || main=80
+      cat <<K
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: $p, namespace: policy-$ns, labels: {pod: $p}}
+spec:
+  nodeName: $node
+  terminationGracePeriodSeconds: 0
+  containers:
+    - {name: p80, image: $image, args: [netexec, --http-port=80, --udp-port=80], ports: [{containerPort: 80, name: serve-80-tcp, protocol: TCP}, {containerPort: 80, name: serve-80-udp, protocol: UDP}, {containerPort: $main, name: main, protocol: TCP}]}
+    - {name: p81, image: $image, args: [netexec, --http-port=81, --udp-port=81], ports: [{containerPort: 81, name: serve-81-tcp, protocol: TCP}, {containerPort: 81, name: serve-81-udp, protocol: UDP}]}
+K
+    done
+    echo ---
+  done | k apply -f - >/dev/null
+  for ns in x y z; do
+    k -n policy-$ns wait --for=condition=Ready pod --all --timeout=120s >/dev/null
+    while read -r p ips; do pod_ip[$ns/$p]=$ips; done < <(k -n policy-$ns get pods -o 'jsonpath={range .items[*]}{.metadata.name}{range .status.podIPs[*]} {.ip}{end}{"\n"}{end}')
+  done
+}
+
+# targets: every address and port, one "POD ADDRESS PORT" a line
+matrix_targets() {
+  local pod ip port
+  for pod in "${!pod_ip[@]}"; do
+    for ip in ${pod_ip[$pod]}; do
+      for port in $matrix_ports; do echo "$pod $ip $port"; done
+    done
+  done
+}
+
+# matrix_seen: "FROM TO ADDRESS PORT allow|deny" for every pair, sorted. One shell in each
+# pod asks all its questions at once.
+matrix_seen() {
+  local pod out
+  out=$(mktemp -d)
+  for pod in "${!pod_ip[@]}"; do
+    { cat "$probe"; matrix_targets; } | k -n "policy-${pod%/*}" exec -i "${pod#*/}" -c p80 -- bash -s 2>/dev/null | sed "s|^|$pod |" >"$out/${pod/\//-}" &
+  done
+  wait $(jobs -p)
+  sort "$out"/*
+  rm -rf "$out"
+}
+
+# matrix_expected CASE: the same form, from the case's expect lines
+matrix_expected() {
+  {
+    sed -n 's/^# expect //p' "$1"
+    echo --
+    local pod
+    for pod in "${!pod_ip[@]}"; do matrix_targets | sed "s|^|$pod |"; done
+  } | awk '
+    function fits(glob, s) { if (glob == "*") return 1; gsub(/\*/, "[^ ]*", glob); return s ~ "^" glob "$" }
+    $1 == "--" { reading = 1; next }
+    !reading { n++; verdict[n] = $1; from[n] = $2; to[n] = $3; port[n] = $4; next }
+    { v = "allow"
+      for (i = 1; i <= n; i++) if (fits(from[i], $1) && fits(to[i], $2) && fits(port[i], $4)) v = verdict[i]
+      if ($1 == $2) v = "allow"
+      print $0, v }' | sort
+}
+
+# matrix_policy CASE: its objects, with addresses for the placeholders
+matrix_policy() {
+  local line pod ip
+  while IFS= read -r line; do
+    if [[ $line =~ @(HOST|ALL):([^@]+)@ ]]; then
+      pod=${BASH_REMATCH[2]}
+      for ip in ${pod_ip[$pod]}; do
+        case $ip in
+        *:*) sed "s|@HOST:[^@]*@|$ip/128|g; s|@ALL:[^@]*@|::/0|g" <<<"$line" ;;
+        *) sed "s|@HOST:[^@]*@|$ip/32|g; s|@ALL:[^@]*@|0.0.0.0/0|g" <<<"$line" ;;
+        esac
+      done
+    else
+      echo "$line"
+    fi
+  done <"$1"
+}
+
+# matrix_is CASE: what is seen is what is expected, at the first, second or third look
+matrix_is() {
+  local want=$work/want seen=$work/seen try
+  matrix_expected "$1" >"$want"
+  for try in 1 2 3; do
+    matrix_seen >"$seen"
+    if cmp -s "$want" "$seen"; then return 0; fi
+  done
+  diff "$want" "$seen" | sed 's/^</  expected/; s/^>/  seen    /' | grep '^  ' | head -20
+  return 1
+}
+
+check_matrix() {
+  local case all=/dev/null
+  probe=$work/probe
+  cat >"$probe" <<'P'
+h() { case $2 in
+  tcp/*) nc -z -w 2 "$1" "${2#*/}" ;;
+  udp/*) [ -n "$(echo hostname | nc -u -w 1 "$1" "${2#*/}")" ] ;;
+  icmp/*) ping -c 1 -W 2 "$1" ;;
+esac >/dev/null 2>&1 && echo "$3 $1 $2 allow" || echo "$3 $1 $2 deny"; }
+while read -r pod ip port; do h "$ip" "$port" "$pod" & done
+wait
+P
+  matrix_pods
+  check "truth table: no policy" matrix_is "$all"
+  for case in testdata/cluster/*.yaml; do
+    case $case in *$only*) ;; *) continue ;; esac
+    matrix_policy "$case" | k apply -f - >/dev/null
+    check "truth table: $(basename "$case" .yaml)" matrix_is "$case"
+    matrix_policy "$case" | k delete --wait=false -f - >/dev/null
+  done
+  check "truth table: no policy left" matrix_is "$all"
+}
