@@ -138,8 +138,10 @@ func (r *reconciler) leaseLeft(ctx context.Context, s *ipam.Store, name string, 
 		return fmt.Errorf("find link %s: %w", name, err)
 	}
 	if err != nil {
-		_, err := s.Release(ctx, l.Owner)
-		return err
+		if _, err := s.Release(ctx, l.Owner); err != nil {
+			return err
+		}
+		return RemoveAttachment(r.RunDir, name) // a record that was being written
 	}
 	rec, err := fromPayload(held)
 	if err != nil {

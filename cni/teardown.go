@@ -27,7 +27,12 @@ type teardown struct {
 // set, which makes the agent finish it. It must be called with the attachment locked.
 func (t teardown) run(ctx context.Context) error {
 	name := t.record.HostInterface
-	// First the routes: from here on nothing reaches the pod, whatever fails below.
+	// On record before anything is undone, for the case that we are killed on the way. A
+	// run directory that cannot be written does not stop us: it may all work out.
+	t.record.Deleting = true
+	_ = writeRecord(t.runDir, t.record)
+	t.done("journal")
+	// Then the routes: from here on nothing reaches the pod, whatever fails below.
 	if err := t.delRoutes(); err != nil {
 		return t.journal(err)
 	}
@@ -71,9 +76,8 @@ func (t teardown) delRoutes() error {
 	return delHostRoutes(t.host, link.Attrs().Index, t.record.Addresses)
 }
 
-// journal marks the record for the agent and passes cause on.
+// journal makes sure that the agent finds what is left and passes cause on.
 func (t teardown) journal(cause error) error {
-	t.record.Deleting = true
 	if err := writeRecord(t.runDir, t.record); err != nil {
 		return errors.Join(cause, err)
 	}
