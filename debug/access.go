@@ -79,10 +79,13 @@ type accessKey struct {
 func newAccess(c *policy.Cluster, list []workload, cuts []probeSpan) *access {
 	const node = "here"
 	reduced := &policy.Cluster{Namespaces: c.Namespaces, Policies: c.Policies}
+	labels := map[policy.Name]*policy.Pod{}
+	for i := range c.Pods {
+		labels[c.Pods[i].Name] = &c.Pods[i]
+	}
 	for _, w := range list {
-		if w.isPods {
-			p := w.pod
-			p.Node = node
+		if p, known := w.pod, labels[w.pod.Name]; w.isPods && known != nil {
+			p.Node, p.Labels, p.Ports = node, known.Labels, known.Ports
 			reduced.Pods = append(reduced.Pods, p)
 		}
 	}

@@ -53,7 +53,7 @@ func NewCommand() *cobra.Command {
 	f.StringVarP(&s.format, "output", "o", "table", "table, json or yaml")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]cobra.Completion{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.AddCommand(s.statusCommand(), s.podsCommand(), s.policiesCommand(), s.ipamCommand(), s.whyCommand(),
-		s.matrixCommand(), s.graphCommand())
+		s.matrixCommand(), s.graphCommand(), s.impactCommand())
 	return cmd
 }
 

@@ -168,7 +168,7 @@ func check(ctx context.Context, c *policy.Cluster, list []Expectation) error {
 func decidedBy(a Answer) string {
 	var parts []string
 	for i, s := range []Side{a.Egress, a.Ingress} {
-		if (s.Oracle.Action == policy.Allow) != a.Allowed || s.Oracle.Reason == policy.NotLocal {
+		if (s.oracle.Action == policy.Allow) != a.Allowed || s.oracle.Reason == policy.NotLocal {
 			continue
 		}
 		text := [2]string{"egress: ", "ingress: "}[i] + s.Because

@@ -4,6 +4,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -74,4 +77,17 @@ func join[T fmt.Stringer](list []T) string {
 		out[i] = v.String()
 	}
 	return orDash(strings.Join(out, ","))
+}
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// service is the flow's protocol and port as PROTO/PORT.
+func (f FlowView) service() string {
+	switch f.Protocol {
+	case "TCP", "UDP", "SCTP":
+		return f.Protocol + "/" + strconv.Itoa(int(f.Port))
+	case "ICMP", "ICMPv6":
+		return fmt.Sprintf("%s/%d", f.Protocol, f.Port>>8)
+	}
+	return f.Protocol
 }

@@ -121,12 +121,12 @@ func neighbourState(s int) string {
 	return "state " + strconv.Itoa(s)
 }
 
-func (p *Path) write(w io.Writer) error {
+func (p *Path) write(w io.Writer, to netip.Addr) error {
 	if p == nil {
 		return nil
 	}
 	fmt.Fprintln(w)
-	t := &table{header: []string{"PATH", ""}}
+	t := &table{header: []string{"PATH", "to " + to.String()}}
 	t.add("route", p.Route)
 	if p.Interface != "" {
 		t.add("interface", fmt.Sprintf("%s, MTU %d", p.Interface, p.MTU))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -18,30 +19,71 @@ import (
 
 // Answer is what `debug why` says about one pair of addresses.
 type Answer struct {
-	Src     string      `json:"src"`
-	Dst     string      `json:"dst"`
-	Flow    policy.Flow `json:"flow"`
-	Allowed bool        `json:"allowed"`
-	Egress  Side        `json:"egress"`
-	Ingress Side        `json:"ingress"`
+	Src     string   `json:"src"`
+	Dst     string   `json:"dst"`
+	Flow    FlowView `json:"flow"`
+	Allowed bool     `json:"allowed"`
+	Egress  Side     `json:"egress"`
+	Ingress Side     `json:"ingress"`
 	// Agree is false when the kernel's tables decide a direction otherwise.
 	Agree bool `json:"agree"`
-	// Path is how the node would send the packet, and which connections there are.
-	Path *Path `json:"path,omitempty"`
 	// KernelNote says why the kernel was not asked.
 	KernelNote string `json:"kernelNote,omitempty"`
+	// Path is how the node would send the packet, and which connections there are.
+	Path *Path `json:"path,omitempty"`
+
+	flow policy.Flow
 }
+
+// FlowView is a policy.Flow for programs. Port is type<<8 | code for ICMP.
+type FlowView struct {
+	Src      netip.Addr `json:"src"`
+	Dst      netip.Addr `json:"dst"`
+	Protocol string     `json:"protocol"`
+	Port     uint16     `json:"port,omitempty"`
+}
+
+func flowView(f policy.Flow) FlowView { return FlowView{f.Src, f.Dst, protocolName(f.Protocol), f.Port} }
 
 // Side is one direction of an Answer.
 type Side struct {
-	Oracle  policy.Decision `json:"oracle"`
-	Because string          `json:"because"`
+	Verdict string `json:"verdict"` // allow or deny
+	Reason  string `json:"reason"`  // policy.Reason
+	Because string `json:"because"`
+	Policy  string `json:"policy,omitempty"`
+	Rule    *int   `json:"rule,omitempty"`
+	Peer    *int   `json:"peer,omitempty"`
+	// Isolating are the policies that isolate the pod when no rule matched.
+	Isolating []string `json:"isolating,omitempty"`
 	// Nearest is the rule that almost matched and why it did not, when none did.
-	Nearest string                `json:"nearest,omitempty"`
-	Kernel  *policy.TableDecision `json:"kernel,omitempty"` // nil: the kernel was not asked
-	Agree   bool                  `json:"agree"`
+	Nearest    string       `json:"nearest,omitempty"`
+	Considered []Considered `json:"considered,omitempty"`
+	Kernel     *KernelSide  `json:"kernel,omitempty"` // nil: the kernel was not asked
+	Agree      bool         `json:"agree"`
 
-	gaps []string // why each of Oracle.Considered did not match
+	oracle policy.Decision
+}
+
+// Considered is one rule of a policy that selects the pod. Rule is -1 for a policy that
+// has none in this direction.
+type Considered struct {
+	Policy string `json:"policy"`
+	Rule   int    `json:"rule"`
+	Peer   bool   `json:"peerMatches"`
+	Port   bool   `json:"portMatches"`
+	WhyNot string `json:"whyNot,omitempty"`
+}
+
+// KernelSide is one direction by the kernel's tables.
+type KernelSide struct {
+	Judged   bool     `json:"judged"`
+	Allowed  bool     `json:"allowed"`
+	Profile  string   `json:"profile,omitempty"`
+	Identity string   `json:"identity,omitempty"`
+	Class    string   `json:"class,omitempty"`
+	Lookups  []string `json:"lookups"` // in order, as "set element: value" or "set element: none"
+
+	decidedBy string
 }
 
 func (s *session) whyCommand() *cobra.Command {
@@ -104,7 +146,7 @@ func (s *session) why(ctx context.Context, args []string, notice func(string)) (
 	}
 	answers, err := q.answers(ctx, snap, ask)
 	for i := range answers {
-		answers[i].Path = pathOf(ctx, answers[i].Flow)
+		answers[i].Path = pathOf(ctx, answers[i].flow)
 	}
 	return answers, err
 }
@@ -162,7 +204,7 @@ func (q question) answers(ctx context.Context, snap agent.Snapshot, k kernel) ([
 	var out []Answer
 	for _, f := range flows {
 		v := policy.EvaluateAll(snap.Cluster, snap.Node, f)
-		a := Answer{Src: q.src.name, Dst: q.dst.name, Flow: f, Allowed: v.Allowed, KernelNote: k.note,
+		a := Answer{Src: q.src.name, Dst: q.dst.name, Flow: flowView(f), Allowed: v.Allowed, KernelNote: k.note, flow: f,
 			Egress: why.side(v.Egress, policy.Egress, f), Ingress: why.side(v.Ingress, policy.Ingress, f)}
 		if k.decide != nil {
 			t, err := k.decide(ctx, f)
@@ -179,13 +221,25 @@ func (q question) answers(ctx context.Context, snap agent.Snapshot, k kernel) ([
 }
 
 func (r *reasons) side(d policy.Decision, dir policy.Direction, f policy.Flow) Side {
-	s := Side{Oracle: d, Because: because(d), Agree: true}
-	if d.Reason == policy.Isolated {
+	s := Side{Verdict: d.Action.String(), Reason: d.Reason.String(), Because: because(d), Agree: true, oracle: d}
+	switch d.Reason {
+	case policy.RuleMatched:
+		s.Policy, s.Rule = d.Policy.String(), &d.Rule
+		if d.Peer >= 0 {
+			s.Peer = &d.Peer
+		}
+	case policy.Isolated:
 		s.Nearest = r.nearest(d, dir, f)
+		for _, id := range d.Isolating {
+			s.Isolating = append(s.Isolating, id.String())
+		}
 	}
 	for _, c := range d.Considered {
-		g, _ := r.gap(c, dir, f)
-		s.gaps = append(s.gaps, orDash(strings.Join(g.text, "; ")))
+		v := Considered{Policy: c.Policy.String(), Rule: c.Rule, Peer: c.PeerMatched, Port: c.PortMatch}
+		if g, ok := r.gap(c, dir, f); ok {
+			v.WhyNot = strings.Join(g.text, "; ")
+		}
+		s.Considered = append(s.Considered, v)
 	}
 	return s
 }
@@ -193,14 +247,42 @@ func (r *reasons) side(d policy.Decision, dir policy.Direction, f policy.Flow) S
 // compare sets the kernel's answer beside the oracle's. What the ruleset exempts before
 // it looks at policy (the pod itself, its own node) has no answer in the tables.
 func (s *Side) compare(k policy.TableDecision) {
-	s.Kernel = &k
-	switch s.Oracle.Reason {
+	s.Kernel = kernelSide(k)
+	switch s.oracle.Reason {
 	case policy.SamePod, policy.OwnNode:
 	case policy.NotLocal:
 		s.Agree = !k.Judged
 	default:
-		s.Agree = k.Allowed == (s.Oracle.Action == policy.Allow)
+		s.Agree = k.Allowed == (s.oracle.Action == policy.Allow)
 	}
+}
+
+func kernelSide(k policy.TableDecision) *KernelSide {
+	out := &KernelSide{Judged: k.Judged, Allowed: k.Allowed, decidedBy: "a miss"}
+	for name, v := range map[*string]uint32{&out.Profile: k.Profile, &out.Identity: k.Identity, &out.Class: k.Class} {
+		if v != 0 {
+			*name = fmt.Sprintf("%#x", v)
+		}
+	}
+	for i, l := range k.Lookups {
+		value := "none"
+		if l.Found {
+			value = valueText(l.Key.Map, l.Value)
+			if i == len(k.Lookups)-1 {
+				out.decidedBy = nft.ElementSet(l.Key)
+			}
+		}
+		out.Lookups = append(out.Lookups, nft.ElementSet(l.Key)+" "+lookupText(l.Key)+": "+value)
+	}
+	return out
+}
+
+// lookupText is elementText of a question: a range's key holds only what is looked for.
+func lookupText(k policy.Key) string {
+	if k.Map == policy.NetID {
+		return k.Addr.String()
+	}
+	return elementText(k)
 }
 
 func because(d policy.Decision) string {
@@ -235,90 +317,94 @@ func matched(d policy.Decision) string {
 	return " (" + strings.Join(parts, ", ") + ")"
 }
 
+// writeAnswers prints the answers; families about which all is the same stand together.
 func writeAnswers(w io.Writer, answers []Answer, all bool) error {
-	for i, a := range answers {
+	for i := 0; i < len(answers); {
+		body := answerBody(answers[i], all)
+		n := i + 1
+		for n < len(answers) && answerBody(answers[n], all) == body && answers[n].Flow.Protocol == answers[i].Flow.Protocol {
+			n++
+		}
 		if i > 0 {
 			fmt.Fprintln(w)
 		}
-		if err := writeAnswer(w, a, all, true); err != nil {
-			return err
+		same := answers[i:n]
+		var from, to []netip.Addr
+		for _, a := range same {
+			if !slices.Contains(from, a.Flow.Src) {
+				from = append(from, a.Flow.Src)
+			}
+			if !slices.Contains(to, a.Flow.Dst) {
+				to = append(to, a.Flow.Dst)
+			}
 		}
-		if a.KernelNote != "" {
-			fmt.Fprintf(w, "\nthe kernel was not asked: %s\n", a.KernelNote)
+		fmt.Fprintf(w, "%s: %s -> %s %s\n\n%s", verdict(same[0].Allowed), withAddrs(same[0].Src, from), withAddrs(same[0].Dst, to), serviceName(same[0].flow), body)
+		for _, a := range same {
+			if err := a.Path.write(w, a.Flow.Dst); err != nil {
+				return err
+			}
 		}
-		if err := a.Path.write(w); err != nil {
-			return err
-		}
+		i = n
 	}
 	return nil
 }
 
-// writeExplained is writeAnswers without a node.
-func writeExplained(w io.Writer, answers []Answer, all bool) error {
-	for i, a := range answers {
-		if i > 0 {
-			fmt.Fprintln(w)
-		}
-		if err := writeAnswer(w, a, all, false); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func writeAnswer(w io.Writer, a Answer, all, kernel bool) error {
-	fmt.Fprintf(w, "%s: %s -> %s %s\n\n", verdict(a.Allowed), withAddr(a.Src, a.Flow.Src), withAddr(a.Dst, a.Flow.Dst), serviceName(a.Flow))
+// answerBody is everything of a verdict but the addresses.
+func answerBody(a Answer, all bool) string {
+	var b strings.Builder
+	kernel := a.Egress.Kernel != nil
 	t := &table{header: []string{"DIRECTION", "VERDICT", "BECAUSE"}}
 	if kernel {
 		t.header = append(t.header, "KERNEL")
 	}
 	for i, s := range []Side{a.Egress, a.Ingress} {
-		row := []string{[2]string{"egress", "ingress"}[i], s.Oracle.Action.String(), s.Because}
+		row := []string{[2]string{"egress", "ingress"}[i], s.Verdict, s.Because}
 		if kernel {
-			row = append(row, kernelText(s))
+			row = append(row, s.kernelText())
 		}
 		t.add(row...)
 	}
-	if err := t.write(w); err != nil {
-		return err
-	}
+	_ = t.write(&b) // a strings.Builder takes everything
 	for i, s := range []Side{a.Egress, a.Ingress} {
 		if s.Nearest != "" {
-			fmt.Fprintf(w, "\n%s of %s: %s\n", [2]string{"egress", "ingress"}[i], s.Oracle.Pod, s.Nearest)
+			fmt.Fprintf(&b, "\n%s of %s: %s\n", [2]string{"egress", "ingress"}[i], s.oracle.Pod, s.Nearest)
 		}
 	}
 	if all {
-		return writeConsidered(w, a)
+		writeConsidered(&b, a)
 	}
-	return nil
+	if a.KernelNote != "" {
+		fmt.Fprintf(&b, "\nthe kernel was not asked: %s\n", a.KernelNote)
+	}
+	return b.String()
 }
 
-// withAddr is "shop/web (10.0.0.7)", or the address alone when it has no name.
-func withAddr(name string, a netip.Addr) string {
-	if name == a.String() {
+// withAddrs is "shop/web (10.0.0.7, fd00::7)", or the address alone when it has no name.
+func withAddrs(name string, list []netip.Addr) string {
+	if len(list) == 1 && name == list[0].String() {
 		return name
 	}
-	return fmt.Sprintf("%s (%s)", name, a)
+	return fmt.Sprintf("%s (%s)", name, strings.ReplaceAll(join(list), ",", ", "))
 }
 
-func writeConsidered(w io.Writer, a Answer) error {
+func writeConsidered(b *strings.Builder, a Answer) {
 	t := &table{header: []string{"CONSIDERED", "POLICY", "RULE", "PEER", "PORT", "WHY NOT"}}
 	for i, side := range []Side{a.Egress, a.Ingress} {
-		dir := [2]policy.Direction{policy.Egress, policy.Ingress}[i]
-		for j, c := range side.Oracle.Considered {
+		dir := [2]string{"egress", "ingress"}[i]
+		for _, c := range side.Considered {
 			if c.Rule < 0 {
-				t.add(dir.String(), c.Policy.String(), "none", "-", "-", "it has no rules: it only isolates")
+				t.add(dir, c.Policy, "none", "-", "-", "it has no rules: it only isolates")
 				continue
 			}
-			t.add(dir.String(), c.Policy.String(), strconv.Itoa(c.Rule), matches(c.PeerMatched), matches(c.PortMatch), side.gaps[j])
+			t.add(dir, c.Policy, strconv.Itoa(c.Rule), matches(c.Peer), matches(c.Port), orDash(c.WhyNot))
 		}
 	}
 	if len(t.rows) == 0 {
-		_, err := fmt.Fprintln(w, "\nNo policy selects either end here.")
-		return err
+		b.WriteString("\nNo policy selects either end here.\n")
+		return
 	}
-	fmt.Fprintln(w)
-	return t.write(w)
+	b.WriteByte('\n')
+	_ = t.write(b) // a strings.Builder takes everything
 }
 
 func matches(ok bool) string {
@@ -346,18 +432,11 @@ func serviceName(f policy.Flow) string {
 }
 
 // kernelText names the element that decided in the kernel.
-func kernelText(s Side) string {
+func (s Side) kernelText() string {
 	k := s.Kernel
-	if k == nil {
-		return "not asked"
-	}
 	text := "not judged (no profile)"
 	if k.Judged {
-		found := "a miss"
-		if n := len(k.Lookups); n > 0 && k.Lookups[n-1].Found {
-			found = nft.ElementSet(k.Lookups[n-1].Key)
-		}
-		text = fmt.Sprintf("%s by %s (profile %#x, identity %#x, class %#x)", allowDeny(k.Allowed), found, k.Profile, k.Identity, k.Class)
+		text = fmt.Sprintf("%s by %s (profile %s, identity %s, class %s)", allowDeny(k.Allowed), k.decidedBy, orDash(k.Profile), orDash(k.Identity), orDash(k.Class))
 	}
 	if !s.Agree {
 		text += "  <- DISAGREES"
