@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -74,29 +73,17 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// wgClient opens the generic netlink socket inside a namespace; wgctrl has no option for that. The
-// thread that entered it ends with its goroutine.
+// wgClient opens the generic netlink socket inside a namespace; wgctrl has no option for that.
 func wgClient(ns int) (*wgctrl.Client, error) {
 	if ns == 0 {
 		return wgctrl.New()
 	}
-	type result struct {
-		client *wgctrl.Client
-		err    error
-	}
-	done := make(chan result)
-	go func() {
-		runtime.LockOSThread()
-		err := netns.Set(netns.NsHandle(ns))
-		if err != nil {
-			done <- result{nil, err}
-			return
-		}
-		client, err := wgctrl.New()
-		done <- result{client, err}
-	}()
-	r := <-done
-	return r.client, r.err
+	var client *wgctrl.Client
+	err := inNetNS(netns.NsHandle(ns), func() (err error) {
+		client, err = wgctrl.New()
+		return err
+	})
+	return client, err
 }
 
 func (w *wireGuard) close() { _ = w.client.Close() }
