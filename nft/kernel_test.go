@@ -8,32 +8,16 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/nft"
+	"github.com/nftcni/nftcni/nft/nfttest"
 	"github.com/nftcni/nftcni/policy"
 )
 
-// TestMain runs the tests in a user namespace of their own when the caller is not root.
-func TestMain(m *testing.M) {
-	if os.Getuid() == 0 || os.Getenv("NFTCNI_REEXEC") != "" {
-		os.Exit(m.Run())
-	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), "NFTCNI_REEXEC=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
-		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
-	}
-	if err := cmd.Run(); err != nil {
-		os.Exit(1)
-	}
-}
+func TestMain(m *testing.M) { nfttest.Main(m) }
 
 // namespace moves the test's thread into a fresh network namespace for good: the thread is never unlocked.
 func namespace(t *testing.T) {
