@@ -55,11 +55,17 @@ func Run(ctx context.Context, o Options) error {
 	keepSocket(o, table)
 	l := newLoop(o.Config, o.Log, table)
 	l.waitForPods = o.WaitForPods
-	l.reopen = func(ctx context.Context) (dataplane, error) { return nft.Open(ctx, opts) }
+	l.reopen = func(ctx context.Context) (dataplane, error) {
+		t, err := nft.Open(ctx, opts)
+		if err == nil {
+			keepSocket(o, t)
+		}
+		return t, err
+	}
 	defer func() { _ = l.table.Close() }()
 	l.serving = func() { o.told("serving", o.Serving) }
 	l.loadAttachments()
-	return l.serveAll(ctx, o, opts)
+	return l.serveAll(ctx, o)
 }
 
 func keepSocket(o Options, table *nft.Table) {
@@ -102,7 +108,7 @@ func (l *loop) loadAttachments() {
 
 // serveAll runs the loop, the source, the socket and the watches until the first of
 // them fails or ctx ends.
-func (l *loop) serveAll(ctx context.Context, o Options, opts nft.Options) error {
+func (l *loop) serveAll(ctx context.Context, o Options) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	ln, err := listen(o.Config.Socket())
@@ -123,7 +129,7 @@ func (l *loop) serveAll(ctx context.Context, o Options, opts nft.Options) error 
 	start("source", func() error {
 		return o.Source.Run(ctx, sink{ctx, l, new([]k8s.Problem)})
 	})
-	start("watch", func() error { return l.watch(ctx, opts) })
+	start("watch", func() error { return l.watch(ctx) })
 	start("orphans", func() error { return l.reconcile(ctx) })
 	o.told("listening", o.Listening)
 	<-ctx.Done()

@@ -92,7 +92,7 @@ func usable(a netip.Addr) bool {
 // admitOrWait admits w when its pod is known or need not be.
 func (l *loop) admitOrWait(b *batch, w *attachWork) {
 	a := w.attachment
-	ready := l.synced || b.replace
+	ready := l.loaded
 	if ready && (!l.waitForPods || a.Pod == "" || l.inv.knows(a)) {
 		l.admitOne(b, w)
 		return

@@ -22,7 +22,8 @@ type work func(*batch)
 // one nft.Change: requests are coalesced only while a transaction is in flight.
 type batch struct {
 	events  []policy.Event
-	replace bool
+	replace bool // compare everything with the kernel
+	reopen  bool // somebody else wrote: check the program too
 	bind    []nft.Binding
 	unbind  []nft.Binding
 	touched map[string]bool // host interfaces bound or unbound
@@ -36,6 +37,7 @@ type dataplane interface {
 	State(context.Context) (nft.State, error)
 	Apply(context.Context, nft.Change) (nft.Receipt, error)
 	Finish(ctx context.Context, seq uint64) error
+	Port() uint32
 	Close() error
 }
 
@@ -52,7 +54,8 @@ type loop struct {
 
 	waitForPods bool   // attachments wait until the source lists their pod
 	later       []work // for the next batch
-	synced      bool   // the source gave its first complete state, and it is in force
+	loaded      bool   // the source gave its first complete state
+	synced      bool   // and it is in force
 	broken      error  // the last failure to bring the kernel in line
 	waiting     map[policy.Name][]*attachWork
 	problems    []k8s.Problem
@@ -136,7 +139,7 @@ func (l *loop) replace(c *policy.Cluster, problems []k8s.Problem) work {
 	return func(b *batch) {
 		l.inv.load(c)
 		l.problems = problems
-		b.replace, b.events = true, nil
+		b.replace, b.events, l.loaded = true, nil, true
 		l.admit(b)
 	}
 }
@@ -162,16 +165,16 @@ func (l *loop) commit(ctx context.Context, b *batch) {
 	var r nft.Receipt
 	var err error
 	switch {
+	case !l.loaded:
+		err = l.beforeLoad(ctx, b)
 	case b.replace || l.broken != nil:
-		r, err = l.resync(ctx)
-	case l.synced:
+		r, err = l.resync(ctx, b.reopen)
+	default:
 		r, err = l.change(ctx, b)
 		if err != nil {
 			l.log.Error("apply failed: reading the table back", "err", err)
-			r, err = l.resync(ctx)
+			r, err = l.resync(ctx, false)
 		}
-	default:
-		err = errNotSynced
 	}
 	l.record(began, b, r, err)
 	for _, answer := range b.answers {
@@ -182,6 +185,17 @@ func (l *loop) commit(ctx context.Context, b *batch) {
 			l.publish(a)
 		}
 	}
+}
+
+// beforeLoad serves a batch while the source has said nothing: only detaching is possible
+// then, and the table that a predecessor left stays as it is. If somebody deleted it, a
+// new one without bindings closes every pod until the source is known.
+func (l *loop) beforeLoad(ctx context.Context, b *batch) error {
+	if !b.reopen {
+		return nil
+	}
+	_, err := l.read(ctx, true)
+	return err
 }
 
 var errNotSynced = errors.New("the agent has not yet seen the complete state of its source")
@@ -217,8 +231,8 @@ func (l *loop) push(ctx context.Context, c nft.Change) (nft.Receipt, error) {
 
 // resync reads the kernel's table and sends only what differs from the inventory. It is
 // how the agent starts (adoption), heals after a foreign change, and recovers.
-func (l *loop) resync(ctx context.Context) (nft.Receipt, error) {
-	r, err := l.tryResync(ctx)
+func (l *loop) resync(ctx context.Context, reopen bool) (nft.Receipt, error) {
+	r, err := l.tryResync(ctx, reopen)
 	if err != nil {
 		l.log.Error("the kernel's table is not what it should be; trying again", "err", err)
 		l.broken, l.engine = err, nil
@@ -235,8 +249,8 @@ func (l *loop) resync(ctx context.Context) (nft.Receipt, error) {
 	return r, nil
 }
 
-func (l *loop) tryResync(ctx context.Context) (nft.Receipt, error) {
-	state, err := l.read(ctx)
+func (l *loop) tryResync(ctx context.Context, reopen bool) (nft.Receipt, error) {
+	state, err := l.read(ctx, reopen)
 	if err != nil {
 		return nft.Receipt{}, err
 	}
@@ -252,21 +266,24 @@ func (l *loop) tryResync(ctx context.Context) (nft.Receipt, error) {
 	return l.push(ctx, c)
 }
 
-// read returns what the kernel holds. When that fails the table may be gone (a foreign
-// flush): it is opened again, which creates it.
-func (l *loop) read(ctx context.Context) (nft.State, error) {
-	state, err := l.table.State(ctx)
-	if err == nil || l.reopen == nil {
-		return state, err
+// read returns what the kernel holds. The table is opened again, which checks its rules
+// and creates it when it is gone, after somebody else wrote to it or when it is unreadable.
+func (l *loop) read(ctx context.Context, reopen bool) (nft.State, error) {
+	if !reopen || l.reopen == nil {
+		state, err := l.table.State(ctx)
+		if err == nil || l.reopen == nil {
+			return state, err
+		}
+		l.log.Warn("table unreadable: opening it again", "err", err)
 	}
-	l.log.Warn("table unreadable: opening it again", "err", err)
 	_ = l.table.Close()
 	table, err := l.reopen(ctx)
 	if err != nil {
 		return nft.State{}, fmt.Errorf("open table: %w", err)
 	}
 	l.table, l.lastSeq = table, 0
-	if state, err = table.State(ctx); err != nil {
+	state, err := table.State(ctx)
+	if err != nil {
 		return state, fmt.Errorf("read table: %w", err)
 	}
 	return state, nil
@@ -321,7 +338,7 @@ func (l *loop) endGrace(ctx context.Context, seq uint64, err error) {
 	if err != nil && ctx.Err() == nil {
 		l.log.Error("finish after grace period", "err", err)
 		l.broken = err
-		_, _ = l.resync(ctx)
+		_, _ = l.resync(ctx, false)
 	}
 	if l.lastSeq > seq {
 		l.startGrace(ctx)

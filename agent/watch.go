@@ -14,13 +14,31 @@ import (
 // runtime without GC calls (containerd) may never tell that a sandbox is gone.
 const orphanInterval = 5 * time.Second
 
-// watch heals the table when somebody else changes it.
-func (l *loop) watch(ctx context.Context, o nft.Options) error {
-	return nft.Watch(ctx, o, func(f nft.Foreign) {
-		l.log.Warn("the table was changed by somebody else: healing it", "pid", f.PID, "comm", f.Comm,
-			"deleted", f.Deleted, "eventsLost", f.Resync)
-		_ = l.send(ctx, func(b *batch) { b.replace = true })
-	})
+// watch heals the table when somebody else changes it. Own commits are told by the
+// netlink port of the table's socket, which changes when the table is opened again.
+func (l *loop) watch(ctx context.Context) error {
+	for ctx.Err() == nil {
+		var port uint32
+		if err := l.do(ctx, func() { port = l.table.Port() }); err != nil {
+			return nil // ctx ended
+		}
+		until, reopened := context.WithCancel(ctx)
+		err := nft.Watch(until, nft.Options{Port: port}, func(f nft.Foreign) {
+			l.log.Warn("the table was changed by somebody else: healing it", "pid", f.PID, "comm", f.Comm,
+				"deleted", f.Deleted, "eventsLost", f.Resync)
+			_ = l.send(ctx, func(b *batch) { b.replace, b.reopen = true, true })
+			_ = l.do(ctx, func() {
+				if l.table.Port() != port {
+					reopened()
+				}
+			})
+		})
+		reopened()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // reconcile removes attachments whose link or network namespace is gone.
