@@ -33,11 +33,13 @@ type demoNode struct {
 	plugin   *libcni.CNIConfig
 	network  *libcni.NetworkConfigList
 	attached []attachedPod
+	ownTable bool // the agent's setting of that name
 
 	agent     *agent.Client
 	stopAgent context.CancelFunc
 	agentEnd  chan struct{} // closed when the agent is gone
 	agentErr  error
+	agentPID  int
 }
 
 // attachedPod is what a DEL repeats of its ADD.
@@ -51,7 +53,7 @@ const agentPatience = 20 * time.Second
 
 // newDemoNode makes the node called name and a host outside with these addresses.
 func newDemoNode(name string, outside map[string][]netip.Addr) (*demoNode, error) {
-	n := &demoNode{name: name, dir: "/run/nftcni-demo", ends: map[string]*endpoint{}}
+	n := &demoNode{name: name, dir: "/run/nftcni-demo", ownTable: true, ends: map[string]*endpoint{}}
 	n.manifests = filepath.Join(n.dir, "manifests")
 	for _, dir := range []string{n.manifests, n.path("bin"), n.path("state"), cni.DefaultRunDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -101,11 +103,11 @@ func (n *demoNode) networkConfig() []byte {
 
 // startAgent starts `nftcni agent` and waits until it is ready.
 func (n *demoNode) startAgent(ctx context.Context) error {
-	config := fmt.Appendf(nil, "node: %s\nstateDir: %s\nlogLevel: debug\n", n.name, n.path("state"))
+	config := fmt.Appendf(nil, "node: %s\nstateDir: %s\nownTable: %t\nlogLevel: debug\n", n.name, n.path("state"), n.ownTable)
 	if err := os.WriteFile(n.path("agent.yaml"), config, 0o644); err != nil {
 		return err
 	}
-	log, err := os.Create(n.path("agent.log"))
+	log, err := os.OpenFile(n.path("agent.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
 	}
@@ -118,10 +120,11 @@ func (n *demoNode) startAgent(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start the agent: %w", err)
 	}
-	n.agentEnd = make(chan struct{})
+	end := make(chan struct{})
+	n.agentEnd, n.agentPID = end, cmd.Process.Pid
 	go func() {
 		n.agentErr = wait()
-		close(n.agentEnd)
+		close(end)
 	}()
 	var ready cni.Ready
 	err = n.until(ctx, func(ctx context.Context) bool {

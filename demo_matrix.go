@@ -256,36 +256,49 @@ func (p printer) beside(expected, seen matrix) int {
 	for _, n := range expected.names {
 		width = max(width, len(n))
 	}
-	n := len(expected.names)
-	keys := make([]byte, n)
+	keys := make([]byte, len(expected.names))
 	for i := range keys {
 		keys[i] = columnKey(i)
 	}
+	columns := expected.grouped(func(j int) string { return string(keys[j]) })
 	differ := 0
 	for k, b := range expected.blocks {
-		fmt.Fprintf(p.w, "\n%s\n%*s    %-*s   %s\n", p.paint(bold, b.heading()), width, "", n, "expected", "seen")
-		fmt.Fprintf(p.w, "%*s    %s   %s\n", width, "from \\ to", keys, keys)
+		fmt.Fprintf(p.w, "\n%s\n%*s    %-*s   %s\n", p.paint(bold, b.heading()), width, "", len(columns), "expected", "seen")
+		fmt.Fprintf(p.w, "%*s    %s   %s\n", width, "from \\ to", columns, columns)
 		for i, name := range expected.names {
 			want, got := b.cells[i], seen.blocks[k].cells[i]
 			mark := ""
-			if !bytes.Equal(want, got) {
-				mark = p.paint(wrong, "  <-- differs")
-			}
-			fmt.Fprintf(p.w, "%-*s  %c ", width, name, keys[i])
 			for j := range want {
-				fmt.Fprint(p.w, p.cell(want[j], want[j]))
-			}
-			fmt.Fprint(p.w, "   ")
-			for j := range got {
-				fmt.Fprint(p.w, p.cell(got[j], want[j]))
 				if got[j] != want[j] {
 					differ++
+					mark = p.paint(wrong, "  <-- differs")
 				}
 			}
-			fmt.Fprintln(p.w, mark)
+			fmt.Fprintf(p.w, "%-*s  %c %s   %s%s\n", width, name, keys[i],
+				expected.grouped(func(j int) string { return p.cell(want[j], want[j]) }),
+				expected.grouped(func(j int) string { return p.cell(got[j], want[j]) }), mark)
 		}
 	}
 	return differ
+}
+
+// grouped writes one row, with a blank between namespaces, the node and the outside.
+func (m matrix) grouped(cell func(j int) string) string {
+	group := func(name string) string {
+		namespace, _, isPod := strings.Cut(name, "/")
+		if isPod || name == "node" {
+			return namespace
+		}
+		return ""
+	}
+	var row strings.Builder
+	for j, name := range m.names {
+		if j > 0 && group(name) != group(m.names[j-1]) {
+			row.WriteByte(' ')
+		}
+		row.WriteString(cell(j))
+	}
+	return row.String()
 }
 
 func (p printer) cell(got, want byte) string {

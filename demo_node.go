@@ -90,11 +90,11 @@ func setUpNode(outsideNS int, outside []netip.Addr) error {
 	if err := netlink.LinkAdd(uplink); err != nil {
 		return fmt.Errorf("make uplink: %w", err)
 	}
-	if err := addAddresses("uplink", nodePrefixes); err != nil {
+	if err := errors.Join(noDAD("uplink"), addAddresses("uplink", nodePrefixes)); err != nil {
 		return err
 	}
 	err := inNetNS(outsideNS, func() error {
-		if err := addAddresses("eth0", outsidePrefixes); err != nil {
+		if err := errors.Join(noDAD("eth0"), addAddresses("eth0", outsidePrefixes)); err != nil {
 			return err
 		}
 		var own []netip.Prefix
@@ -148,6 +148,15 @@ func awaitCarrier(name string) error {
 			return fmt.Errorf("link %s has no carrier: %w", name, ctx.Err())
 		}
 	}
+}
+
+// noDAD turns duplicate address detection off: while a link-local address is tentative,
+// which takes a second or two, the node cannot ask for the neighbours of what it forwards.
+func noDAD(name string) error {
+	if err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", name, "accept_dad"), []byte("0"), 0); err != nil {
+		return fmt.Errorf("turn duplicate address detection off: %w", err)
+	}
+	return nil
 }
 
 // addAddresses adds addresses without duplicate detection, usable at once, and sets

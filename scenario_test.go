@@ -26,6 +26,7 @@ const scenarioNode = "demo"
 //	include       names of files of testdata, a line each, read as manifests (optional)
 //	cluster.yaml  ordinary Kubernetes YAML (the nodes of nodes.yaml are added)
 //	flows         lines "SRC DST SERVICE allow|deny  # why"
+//	tables        the elements it compiles to, kept by TestScenarioGolden
 //
 // SRC and DST are a pod (namespace/name), node (the node that is tested), world
 // (203.0.113.10 and 2001:db8:ffff::10) or an address. A flow holds for every family
@@ -35,6 +36,7 @@ type scenario struct {
 	manifests map[string][]byte // by file name
 	cluster   *policy.Cluster
 	flows     []scenarioFlow
+	tables    string
 }
 
 type scenarioFlow struct {
@@ -90,8 +92,10 @@ func loadScenario(name string) (*scenario, error) {
 			if s.flows, err = parseFlows(f.Data); err != nil {
 				return nil, err
 			}
+		case "tables":
+			s.tables = string(f.Data)
 		default:
-			return nil, fmt.Errorf("file %q: want include, cluster.yaml or flows", f.Name)
+			return nil, fmt.Errorf("file %q: want include, cluster.yaml, flows or tables", f.Name)
 		}
 	}
 	return s, s.load()
