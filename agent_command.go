@@ -40,6 +40,9 @@ func newAgentCommand() *cobra.Command {
 			if o.Source, err = newSource(manifests, k8s.ClusterOptions{Kubeconfig: kubeconfig, Server: server, Node: c.Node, Log: log}); err != nil {
 				return err
 			}
+			if c, ok := o.Source.(*k8s.Cluster); ok {
+				o.Publish = c.PublishAddresses
+			}
 			return agent.Run(cmd.Context(), o)
 		},
 	}

@@ -33,6 +33,8 @@ type Options struct {
 	// KeepSocket hands it to systemd for a successor. Both may be nil.
 	TableSocket *os.File
 	KeepSocket  func(*os.File) error
+	// Publish tells other nodes the addresses of attached pods; nil: nobody to tell.
+	Publish PublishFunc
 }
 
 // Run serves until ctx ends and leaves the rules in force. An error is one that waiting
@@ -63,6 +65,9 @@ func Run(ctx context.Context, o Options) error {
 		return t, err
 	}
 	defer func() { _ = l.table.Close() }()
+	if o.Publish != nil {
+		l.publish = newPublisher(o.Publish, o.Log)
+	}
 	l.serving = func() { o.told("serving", o.Serving) }
 	l.loadAttachments()
 	return l.serveAll(ctx, o)
@@ -130,6 +135,9 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 		return o.Source.Run(ctx, sink{ctx, l, new([]k8s.Problem)})
 	})
 	start("watch", func() error { return l.watch(ctx) })
+	if l.publish != nil {
+		start("publish", func() error { return l.publish.run(ctx) })
+	}
 	start("orphans", func() error { return l.reconcile(ctx) })
 	o.told("listening", o.Listening)
 	<-ctx.Done()

@@ -64,8 +64,8 @@ type loop struct {
 	inGrace     bool
 	state       nft.State // as found at start or after the last error; bindings are kept current
 	commits     commitLog
-	serving     func()               // told once, when the first complete state is in force
-	publish     func(cni.Attachment) // tells other nodes the addresses; must not block
+	serving     func()     // told once, when the first complete state is in force
+	publish     *publisher // nil: nobody to tell
 }
 
 func newLoop(cfg Config, log *slog.Logger, t dataplane) *loop {
@@ -182,7 +182,9 @@ func (l *loop) commit(ctx context.Context, b *batch) {
 	}
 	if err == nil && l.publish != nil {
 		for _, a := range b.attached {
-			l.publish(a)
+			if x, ok := l.inv.publication(a); ok {
+				l.publish.add(x)
+			}
 		}
 	}
 }
