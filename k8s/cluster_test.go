@@ -1,0 +1,231 @@
+package k8s
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/nftcni/nftcni/policy"
+)
+
+func schemaGVK(apiVersion, kind string) schema.GroupVersionKind {
+	return schema.FromAPIVersionAndKind(apiVersion, kind)
+}
+
+func contextBroadcast(r *http.Request, c *sync.Cond) func() bool {
+	return context.AfterFunc(r.Context(), c.Broadcast)
+}
+
+// decodeEvent reads the protobuf that the client sends.
+func decodeEvent(r *http.Request) (corev1.Event, error) {
+	var e corev1.Event
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return e, err
+	}
+	scheme := runtime.NewScheme()
+	if err := corev1.AddToScheme(scheme); err != nil {
+		return e, err
+	}
+	if got := r.Header.Get("Content-Type"); got != runtime.ContentTypeProtobuf {
+		return e, fmt.Errorf("content type %s", got)
+	}
+	_, _, err = serializer.NewCodecFactory(scheme).UniversalDeserializer().Decode(body, nil, &e)
+	return e, err
+}
+
+func (s *mirrorSink) awaitPod(t *testing.T, name string, ok func(p *policy.Pod) bool) {
+	t.Helper()
+	s.await(t, "pod "+name, func(state map[objectKey]policy.Event, _ []Problem) bool {
+		e := state[objectKey{"Pod", "a", name}]
+		return e.Pod != nil && ok(e.Pod)
+	})
+}
+
+// TestClusterFollow: one Replace with everything, then every change; watches that are
+// cut, expire or meet a server that is away lose nothing.
+func TestClusterFollow(t *testing.T) {
+	for _, watchList := range []bool{true, false} {
+		t.Run(fmt.Sprintf("watchList=%v", watchList), func(t *testing.T) {
+			api := newAPIServer(t, watchList)
+			api.put(apiNamespace("a", "x", "z"), apiNode("n1", "10.1.0.0/24"), apiPod("a", "p", "n1", "10.1.0.1", "fd00::1"), apiPolicy("a", "q", 1))
+			sink := newMirrorSink()
+			start(t, api.source(t), sink)
+			sink.awaitObjects(t, "Namespace a", "Node n1", "Pod a/p", "NetworkPolicy a/q")
+			if sink.calls != 1 {
+				t.Errorf("the first state came in %d calls", sink.calls)
+			}
+			want := policy.Event{Namespace: &policy.Namespace{Name: "a", Labels: labels("x", "z", "kubernetes.io/metadata.name", "a")}}
+			if diff := cmp.Diff(want, sink.state[objectKey{kind: "Namespace", name: "a"}], values); diff != "" {
+				t.Errorf("namespace (-want +got):\n%s", diff)
+			}
+
+			api.put(apiPod("a", "r", "n1"))
+			api.remove("networkpolicies", "a", "q")
+			sink.awaitObjects(t, "Namespace a", "Node n1", "Pod a/p", "Pod a/r")
+			api.put(apiPod("a", "r", "n1", "10.1.0.2"))
+			sink.awaitPod(t, "r", func(p *policy.Pod) bool { return len(p.Addrs) == 1 })
+
+			api.cut()
+			api.put(apiPod("a", "s", "n1"))
+			sink.awaitObjects(t, "Namespace a", "Node n1", "Pod a/p", "Pod a/r", "Pod a/s")
+
+			api.setDown(true)
+			sink.await(t, "the problem", func(_ map[objectKey]policy.Event, problems []Problem) bool {
+				return len(problems) == 1 && strings.Contains(problems[0].Message, "does not answer")
+			})
+			api.remove("pods", "a", "r")
+			api.put(apiPod("a", "u", "n1"))
+			api.forget()
+			api.setDown(false)
+			sink.awaitObjects(t, "Namespace a", "Node n1", "Pod a/p", "Pod a/s", "Pod a/u")
+			sink.await(t, "no problem", func(_ map[objectKey]policy.Event, problems []Problem) bool { return len(problems) == 0 })
+		})
+	}
+}
+
+// TestClusterDownAtStart: nothing is handed over before everything is known.
+func TestClusterDownAtStart(t *testing.T) {
+	api := newAPIServer(t, true)
+	api.setDown(true)
+	api.put(apiNamespace("a"))
+	sink := newMirrorSink()
+	start(t, api.source(t), sink)
+	api.setDown(false)
+	sink.awaitObjects(t, "Namespace a")
+}
+
+// TestClusterQuiet: an update that changes nothing for policy reaches nobody.
+func TestClusterQuiet(t *testing.T) {
+	api := newAPIServer(t, true)
+	node, pod := apiNode("n1", "10.1.0.0/24"), apiPod("a", "p", "n1", "10.1.0.1")
+	api.put(node, pod)
+	sink := newMirrorSink()
+	start(t, api.source(t), sink)
+	sink.awaitObjects(t, "Node n1", "Pod a/p")
+	for range 10 {
+		node, pod = node.DeepCopy(), pod.DeepCopy()
+		node.Status.Conditions = append(node.Status.Conditions, corev1.NodeCondition{Type: "Ready"})
+		pod.Status.Message += "x"
+		api.put(node, pod)
+	}
+	api.put(apiPod("a", "last", "n1"), apiNode("last"))
+	sink.awaitObjects(t, "Node n1", "Pod a/p", "Pod a/last", "Node last")
+	if sink.calls != 3 {
+		t.Errorf("%d calls, want 3", sink.calls)
+	}
+}
+
+// TestClusterPublishedAddresses: the annotation counts within the node's podCIDRs and
+// only until the status has addresses.
+func TestClusterPublishedAddresses(t *testing.T) {
+	api := newAPIServer(t, true)
+	node, pod := apiNode("n1", "10.1.0.0/24"), apiPod("a", "p", "n1")
+	pod.CreationTimestamp.Time = pod.CreationTimestamp.AddDate(2000, 0, 0)
+	api.put(node, pod)
+	sink, source := newMirrorSink(), api.source(t)
+	start(t, source, sink)
+	sink.awaitPod(t, "p", func(p *policy.Pod) bool { return p.Created > 0 })
+
+	name := policy.Name{Namespace: "a", Name: "p"}
+	foreign := addrs("10.1.0.7", "10.2.0.7", "fd00::7")
+	must(t, source.PublishAddresses(t.Context(), name, string(pod.UID), foreign))
+	sink.awaitPod(t, "p", func(p *policy.Pod) bool {
+		return cmp.Equal(p.Addrs, addrs("10.1.0.7"), values) && p.Created < 0 // loses against a reported address
+	})
+	api.put(apiNode("n1", "10.2.0.0/24", "fd00::/64"))
+	sink.awaitPod(t, "p", func(p *policy.Pod) bool {
+		return cmp.Equal(p.Addrs, addrs("10.2.0.7", "fd00::7"), values) && p.Created < 0
+	})
+	api.remove("nodes", "", "n1")
+	sink.awaitPod(t, "p", func(p *policy.Pod) bool { return len(p.Addrs) == 0 })
+
+	reported := pod.DeepCopy()
+	reported.Annotations = map[string]string{AnnotationAddresses: "10.2.0.7"}
+	reported.Status.PodIPs = []corev1.PodIP{{IP: "10.3.0.1"}}
+	api.put(reported)
+	sink.awaitPod(t, "p", func(p *policy.Pod) bool { return cmp.Equal(p.Addrs, addrs("10.3.0.1"), values) && p.Created > 0 })
+
+	if err := source.PublishAddresses(t.Context(), name, "another", foreign); !errors.Is(err, ErrPodGone) {
+		t.Errorf("other UID: got %v, want %v", err, ErrPodGone)
+	}
+	if err := source.PublishAddresses(t.Context(), policy.Name{Namespace: "a", Name: "none"}, "u", foreign); !errors.Is(err, ErrPodGone) {
+		t.Errorf("no pod: got %v, want %v", err, ErrPodGone)
+	}
+	want := `{"metadata":{"annotations":{"nftcni.io/addresses":"10.1.0.7,10.2.0.7,fd00::7"},"uid":"uid-of-"}}`
+	if api.patches[0] != want {
+		t.Errorf("patch %s, want %s", api.patches[0], want)
+	}
+}
+
+// TestClusterMirrorPod: a static pod is known by its own UID, and published by its
+// mirror's.
+func TestClusterMirrorPod(t *testing.T) {
+	api := newAPIServer(t, true)
+	pod := apiPod("a", "p", "n1")
+	pod.UID, pod.Annotations = "mirror", map[string]string{annotationConfigHash: "static", corev1.MirrorPodAnnotationKey: "static"}
+	api.put(pod)
+	sink, source := newMirrorSink(), api.source(t)
+	start(t, source, sink)
+	sink.awaitPod(t, "p", func(p *policy.Pod) bool { return p.UID == "static" })
+	must(t, source.PublishAddresses(t.Context(), policy.Name{Namespace: "a", Name: "p"}, "static", []netip.Addr{netip.MustParseAddr("10.0.0.1")}))
+}
+
+// TestClusterCannotHonour: an object of a newer API is in force in part, and a
+// Kubernetes Event says so.
+func TestClusterCannotHonour(t *testing.T) {
+	api := newAPIServer(t, true)
+	p := apiPolicy("a", "q", 1)
+	p.Spec.Ingress = []networkingv1.NetworkPolicyIngressRule{{From: []networkingv1.NetworkPolicyPeer{{}}}}
+	api.put(p)
+	sink := newMirrorSink()
+	start(t, api.source(t), sink)
+	sink.await(t, "the problem", func(_ map[objectKey]policy.Event, problems []Problem) bool {
+		return len(problems) == 1 && problems[0].Field == "spec.ingress[0].from[0]"
+	})
+	api.mu.Lock()
+	for len(api.events) == 0 {
+		api.changed.Wait()
+	}
+	e := api.events[0]
+	api.mu.Unlock()
+	if e.InvolvedObject.Name != "q" || e.InvolvedObject.Kind != "NetworkPolicy" || e.Type != "Warning" || !strings.Contains(e.Message, "must specify a peer") || e.Source.Host != "n1" {
+		t.Errorf("event %+v", e)
+	}
+	p = p.DeepCopy()
+	p.Spec.Ingress[0].From, p.Generation = nil, 2
+	api.put(p)
+	sink.await(t, "no problem", func(_ map[objectKey]policy.Event, problems []Problem) bool { return len(problems) == 0 })
+}
+
+func TestNewClusterErrors(t *testing.T) {
+	api := newAPIServer(t, true)
+	good := api.kubeconfig(t)
+	tests := []struct{ name, kubeconfig, want string }{
+		{"no kubeconfig outside a pod", "", "give --kubeconfig"},
+		{"no such file", "/does/not/exist", "/does/not/exist"},
+		{"exec credentials", readKubeconfig(t, good, "{token: secret}", "{exec: {apiVersion: client.authentication.k8s.io/v1, command: aws, interactiveMode: Never}}"), "exec"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := NewCluster(ClusterOptions{Kubeconfig: tt.kubeconfig})
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want an error with %q", err, tt.want)
+			}
+		})
+	}
+}
