@@ -55,7 +55,7 @@ type netConf struct {
 		PortMappings []json.RawMessage `json:"portMappings"`
 		Bandwidth    map[string]any    `json:"bandwidth"`
 	} `json:"runtimeConfig"`
-	ValidAttachments *[]types.GCAttachment `json:"cni.dev/valid-attachments"`
+	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
 }
 
 // config is a network configuration that was checked.

@@ -2,6 +2,7 @@ package cni
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,14 +15,19 @@ import (
 	"github.com/nftcni/nftcni/ipam"
 )
 
-// validAttachments reads cni.dev/valid-attachments: a list that is empty means none, one
-// that is absent is an error, because taking it for empty would remove every pod.
+// validAttachments reads cni.dev/valid-attachments: a list that is empty means none, and
+// so does null, which is how libcni writes one. One that is absent is an error, because
+// taking it for empty would remove every pod.
 func (c *call) validAttachments() (map[types.GCAttachment]bool, error) {
-	if c.conf.ValidAttachments == nil {
+	if len(c.conf.ValidAttachments) == 0 {
 		return nil, wrong("cni.dev/valid-attachments: is missing; GC removes what is not in that list, so it must be there, even if it is empty")
 	}
+	var list []types.GCAttachment
+	if err := json.Unmarshal(c.conf.ValidAttachments, &list); err != nil {
+		return nil, wrong("cni.dev/valid-attachments: is no list of {\"containerID\": ..., \"ifname\": ...}: %v", err)
+	}
 	valid := map[types.GCAttachment]bool{}
-	for _, a := range *c.conf.ValidAttachments {
+	for _, a := range list {
 		valid[a] = true
 	}
 	return valid, nil
