@@ -2,6 +2,7 @@ package nft_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -107,6 +108,7 @@ func newWorld(t *testing.T) *world {
 	w.client = w.Pod("client", "10.9.0.2", "fd09::2")
 	w.stranger = w.Pod("stranger", "10.9.0.3", "fd09::3")
 	w.outside = w.Outside("outside", "192.0.2.9", "2001:db8::9")
+	w.Await(w.server, w.client, w.stranger, w.outside)
 	w.table = open(t, nft.Options{})
 	ops := classes()
 	ops = append(ops, put(others(profileWeb), classDeny), put(access(profileWeb, idClient), classWeb))
@@ -297,9 +299,33 @@ func underTraffic(t *testing.T, w *world, f *flipper, change func(n int) bool) (
 	wg.Wait()
 	took := time.Since(began).Seconds()
 	lost, leaked = sent[0]-allowed.Total(), forbidden.Total()
+	t.Logf("denied by us %d of the allowed", denied(t, addr(f.good), addr(f.closed)))
 	t.Logf("%d changes in %.1f s; allowed: %.0f/s, %d sent, %d lost; forbidden: %.0f/s, %d sent, %d leaked",
 		n, took, float64(sent[0])/took, sent[0], lost, float64(sent[1])/took, sent[1], leaked)
 	return lost, leaked
+}
+
+// denied is how many packets from src to dst the table dropped: a loss that is not among them is the machine's.
+func denied(t *testing.T, src, dst netip.Addr) (n uint64) {
+	t.Helper()
+	reader, err := nft.NewReader(context.Background(), nft.Options{})
+	if errors.Is(err, nft.ErrNoTable) {
+		return 0
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	all, err := reader.Denials(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range all {
+		if d.Src == src && d.Dst == dst {
+			n += d.Packets
+		}
+	}
+	return n
 }
 
 // outsidePod attaches one more server pod.
@@ -318,6 +344,7 @@ func flipWorld(t *testing.T, v6 bool) (*world, *flipper) {
 		f = &flipper{good: "fd09::2", bad: "fd09::3", closed: "fd09::1", opened: "fd09::4"}
 	}
 	w.server, w.client, w.stranger = w.Pod("server", f.closed), w.Pod("client", f.good), w.Pod("stranger", f.bad)
+	w.Await(w.server, w.client, w.stranger)
 	w.table = open(t, nft.Options{})
 	apply(t, w.table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{f.initial()}}, Bind: bindings(false, w.server, w.client, w.stranger)})
 	return w, f

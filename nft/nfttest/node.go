@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -35,6 +36,22 @@ func Main(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "tests in a user namespace:", err)
 		os.Exit(1)
 	}
+}
+
+// carrier waits until a link passes packets: a veth drops them for a moment after it came up.
+func carrier(name string) error {
+	deadline := time.Now().Add(10 * time.Second)
+	for time.Now().Before(deadline) {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("find link %s: %w", name, err)
+		}
+		if l.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		runtime.Gosched()
+	}
+	return fmt.Errorf("link %s has no carrier after 10 s", name)
 }
 
 // Gateways of every pod, as in design.md.
@@ -174,6 +191,8 @@ func (n *Node) attach(name, iface string, addrs []string) *Host {
 	}))
 	h.MAC = far
 	n.must(netlink.LinkSetUp(near))
+	n.must(carrier(iface))
+	n.must(h.Do(func() error { return carrier("eth0") }))
 	for _, a := range []*net.IPNet{{IP: gateway4, Mask: net.CIDRMask(32, 32)}, {IP: gateway6, Mask: net.CIDRMask(64, 128)}} {
 		n.must(netlink.AddrAdd(near, &netlink.Addr{IPNet: a, Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_LINK}))
 	}

@@ -142,6 +142,22 @@ func (h *Host) Ping(to netip.Addr) bool {
 	return ok
 }
 
+// Await pings every address of the hosts until it answers: IPv6 is not there the moment a link is up. Call it before
+// rules are loaded.
+func (n *Node) Await(hosts ...*Host) {
+	n.t.Helper()
+	for _, h := range hosts {
+		for _, a := range h.Addrs {
+			deadline := time.Now().Add(20 * time.Second)
+			for !n.Ping(a) {
+				if time.Now().After(deadline) {
+					n.t.Fatalf("%s does not answer at %s", h.Name, a)
+				}
+			}
+		}
+	}
+}
+
 func ping(to netip.Addr) (bool, error) {
 	family, proto, request, reply := unix.AF_INET, unix.IPPROTO_ICMP, byte(8), byte(0)
 	if to.Is6() {
@@ -272,6 +288,9 @@ func (h *Host) Flood(to netip.AddrPort, perSecond int, stop <-chan struct{}) (se
 			case <-ticker.C:
 			}
 			for due := int64(time.Since(began).Seconds() * float64(perSecond)); sent < due; sent++ {
+				if sent%64 == 0 && stopped(stop) { // a slow machine never catches up
+					return nil
+				}
 				if err := one(family, to); err != nil {
 					return err
 				}
@@ -279,6 +298,15 @@ func (h *Host) Flood(to netip.AddrPort, perSecond int, stop <-chan struct{}) (se
 		}
 	})
 	return sent, err
+}
+
+func stopped(stop <-chan struct{}) bool {
+	select {
+	case <-stop:
+		return true
+	default:
+		return false
+	}
 }
 
 func one(family int, to netip.AddrPort) error {
