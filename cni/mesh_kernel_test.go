@@ -1,8 +1,17 @@
 package cni
 
 import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func TestKernelMesh(t *testing.T) {
@@ -44,4 +53,271 @@ func TestKernelMesh(t *testing.T) {
 			l.talkAll()
 		})
 	}
+}
+
+var dual = labShape{links: []int{1, 1, 2}, nodes4: true, nodes6: true, pods4: true, pods6: true}
+
+func TestKernelMeshHeals(t *testing.T) {
+	tests := []struct {
+		name   string
+		spoil  func(n *labNode)
+		before bool // Run starts
+	}{
+		{"vxlan device deleted", func(n *labNode) { n.must(n.h.LinkDel(n.link(VXLANDevice4))) }, false},
+		{"vxlan device down", func(n *labNode) { n.must(n.h.LinkSetDown(n.link(VXLANDevice6))) }, false},
+		{"vxlan device with another mtu", func(n *labNode) { n.must(n.h.LinkSetMTU(n.link(VXLANDevice4), 1300)) }, false},
+		{"vxlan device with another mac", func(n *labNode) {
+			n.must(n.h.LinkSetHardwareAddr(n.link(VXLANDevice4), net.HardwareAddr{2, 0, 0, 0, 0, 1}))
+		}, false},
+		{"vxlan device with another vni", func(n *labNode) {
+			n.must(n.h.LinkDel(n.link(VXLANDevice4)))
+			attrs := netlink.NewLinkAttrs()
+			attrs.Name = VXLANDevice4
+			n.must(n.h.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, VxlanId: 99, Port: 9999}))
+		}, true},
+		{"host address removed", func(n *labNode) { n.unaddr(VXLANDevice4, "10.244.1.0/32") }, false},
+		{"direct route deleted", func(n *labNode) { n.unroute("10.244.2.0/24", meshMetric) }, false},
+		{"vxlan route deleted", func(n *labNode) { n.unroute("fd01:3::/64", meshMetric) }, false},
+		{"fence deleted", func(n *labNode) { n.unroute("10.244.1.0/24", fenceMetric) }, false},
+		{"neighbour deleted", func(n *labNode) {
+			n.must(n.h.NeighDel(tunnelNeigh(n.link(VXLANDevice4).Attrs().Index, netip.MustParseAddr("10.244.3.0"), hwAddr{})))
+		}, false},
+		{"forwarding entry deleted", func(n *labNode) {
+			remote := netip.MustParseAddr("192.168.2.3")
+			n.must(n.h.NeighDel(fdbEntry(n.link(VXLANDevice4).Attrs().Index, vxlanMAC(remote), remote)))
+		}, false},
+		{"forwarding entry added", func(n *labNode) {
+			n.must(n.h.NeighSet(fdbEntry(n.link(VXLANDevice4).Attrs().Index, hwAddr{2, 0, 0, 0, 0, 9}, netip.MustParseAddr("192.168.2.9"))))
+		}, false},
+		{"uplink flapped", func(n *labNode) {
+			n.must(n.h.LinkSetDown(n.link("eth0")))
+			n.up("eth0")
+			n.addr("eth0", "fd00:1::1/64") // the kernel removes IPv6 addresses of a link that is set down
+			n.route("0.0.0.0/0", "192.168.1.254", "eth0")
+			n.route("::/0", "fd00:1::fe", "eth0")
+		}, false},
+	}
+	for _, tt := range tests {
+		t.Run(strings.ReplaceAll(tt.name, " ", "_"), func(t *testing.T) {
+			l := newLab(t, dual, MeshConfig{})
+			l.set()
+			n := l.nodes[0]
+			want := n.dump()
+			if tt.before {
+				tt.spoil(n)
+			}
+			reports := n.run()
+			if !tt.before {
+				tt.spoil(n)
+			}
+			n.untilDump(reports, want)
+			l.talkAll()
+		})
+	}
+}
+
+// dump is what the mesh has in the kernel, and what others have in the main table.
+func (n *labNode) dump() string {
+	n.t.Helper()
+	v, err := n.mesh.readLinks()
+	n.must(err)
+	w := &meshWriter{Mesh: n.mesh, ctx: n.t.Context(), view: v}
+	var list []string
+	routes, err := w.readRoutes()
+	n.must(err)
+	for k, r := range routes {
+		list = append(list, fmt.Sprintf("route %v %+v", k, r))
+	}
+	for _, name := range []string{VXLANDevice4, VXLANDevice6} {
+		link, ok := v.links[name]
+		if !ok {
+			continue
+		}
+		a := link.Attrs()
+		x := link.Link.(*netlink.Vxlan)
+		list = append(list, fmt.Sprintf("device %s %s mtu %d up %t vni %d port %d local %s", name, a.HardwareAddr, a.MTU, a.RawFlags&unix.IFF_UP != 0, x.VxlanId, x.Port, x.SrcAddr))
+		e, err := w.readEntries(a.Index)
+		n.must(err)
+		for mac, remote := range e.fdb {
+			list = append(list, fmt.Sprintf("%s fdb %s %s", name, mac, remote))
+		}
+		for gateway, mac := range e.neigh {
+			list = append(list, fmt.Sprintf("%s neighbour %s %s", name, gateway, mac))
+		}
+		addrs, err := n.h.AddrList(link.Link, netlink.FAMILY_ALL)
+		n.must(err)
+		for _, a := range addrs {
+			list = append(list, fmt.Sprintf("%s address %s", name, a.IPNet))
+		}
+	}
+	slices.Sort(list)
+	return strings.Join(list, "\n")
+}
+
+// untilDump waits for passes until the kernel holds what is wanted.
+func (n *labNode) untilDump(reports <-chan Report, want string) {
+	n.t.Helper()
+	for range 100 {
+		if n.dump() == want {
+			return
+		}
+		select {
+		case <-reports:
+		case <-time.After(5 * time.Second):
+			n.t.Fatalf("not healed (-want +have):\n%s", cmp.Diff(want, n.dump()))
+		}
+	}
+	n.t.Fatalf("never healed (-want +have):\n%s", cmp.Diff(want, n.dump()))
+}
+
+func (n *labNode) unroute(dst string, metric int) {
+	n.t.Helper()
+	n.must(n.h.RouteDel(&netlink.Route{Dst: ipNet(netip.MustParsePrefix(dst)), Priority: metric}))
+}
+
+func TestKernelMeshPeers(t *testing.T) {
+	l := newLab(t, dual, MeshConfig{})
+	n := l.nodes[0]
+	if err := exchange(n.pod, l.nodes[2].pod, l.nodes[2].pods[0], n.pods[0]); err == nil {
+		t.Fatal("pods reach each other without a mesh: this test proves nothing")
+	}
+	empty := n.dump()
+	l.set()
+	full := n.dump()
+
+	all := n.peers
+	n.peers = all[:2]
+	n.set()
+	if d := n.dump(); strings.Contains(d, "10.244.3.") || strings.Contains(d, "192.168.2.3") || strings.Contains(d, "vxlan") {
+		t.Errorf("after node 3 left:\n%s", d)
+	}
+	if err := exchange(n.pod, l.nodes[2].pod, l.nodes[2].pods[0], n.pods[0]); err == nil {
+		t.Error("a node that left is still reached")
+	}
+	n.peers = all
+	n.set()
+	if d := cmp.Diff(full, n.dump()); d != "" {
+		t.Errorf("node 3 came back differently:\n%s", d)
+	}
+	l.talkAll()
+
+	n.must(n.mesh.Cleanup(t.Context()))
+	if d := cmp.Diff(empty, n.dump()); d != "" {
+		t.Errorf("Cleanup left:\n%s", d)
+	}
+}
+
+func TestKernelMeshAddressChanges(t *testing.T) {
+	l := newLab(t, dual, MeshConfig{})
+	l.set()
+	moved := l.nodes[2]
+	moved.unaddr("eth0", "192.168.2.3/24")
+	moved.addr("eth0", "192.168.2.33/24")
+	moved.route("0.0.0.0/0", "192.168.2.254", "eth0")
+	for _, n := range l.nodes {
+		n.peers[2].Addrs = []netip.Addr{netip.MustParseAddr("192.168.2.33"), moved.self.Addrs[1]}
+	}
+	moved.self = moved.peers[2]
+	l.set()
+	for _, n := range l.nodes {
+		if d := n.dump(); strings.Contains(d, "192.168.2.3 ") {
+			t.Errorf("%s still knows the old address:\n%s", n.self.Name, d)
+		}
+	}
+	l.idle()
+	l.talkAll()
+}
+
+// A second link to the far node makes its address a neighbour: the path becomes direct, and
+// VXLAN again when the link goes.
+func TestKernelMeshRedecides(t *testing.T) {
+	l := newLab(t, labShape{links: []int{1, 1, 2}, nodes4: true, pods4: true}, MeshConfig{})
+	l.set()
+	for _, n := range l.nodes {
+		n.sysctl("ipv4/conf/all/rp_filter", "0") // node 3's answers keep coming over VXLAN
+		n.sysctl("ipv4/conf/eth0/rp_filter", "0")
+		if n != l.nodes[0] {
+			n.sysctl("ipv4/conf/"+VXLANDevice4+"/rp_filter", "0")
+		}
+	}
+	n := l.nodes[0]
+	reports := n.run()
+	n.addr("eth0", "192.168.2.101/24")
+	until(t, reports, "direct", func(Report) bool { return l.via(0, 2) == "direct" })
+	n.unaddr("eth0", "192.168.2.101/24")
+	until(t, reports, "vxlan", func(Report) bool { return l.via(0, 2) == "vxlan" })
+	for i, other := range l.nodes[:2] { // all of the link, or frames are lost in it
+		port := l.router.link(fmt.Sprint("port", i+1))
+		l.router.must(l.router.h.LinkSetMTU(port, 1400))
+		other.must(other.h.LinkSetMTU(other.link("eth0"), 1400))
+	}
+	until(t, reports, "MTU 1350", func(r Report) bool { return r.MTU == 1350 })
+	if got := n.link(VXLANDevice4).Attrs().MTU; got != 1350 {
+		t.Errorf("MTU of the device %d, want 1350", got)
+	}
+	l.nodes[1].set()
+	l.talkAll()
+}
+
+func TestKernelMeshLeavesOthersAlone(t *testing.T) {
+	l := newLab(t, dual, MeshConfig{})
+	n := l.nodes[0]
+	n.route("10.99.0.0/16", "192.168.1.2", "eth0")
+	foreign := netlink.Route{Dst: ipNet(netip.MustParsePrefix("10.244.3.0/24")), LinkIndex: n.link("eth0").Attrs().Index,
+		Gw: net.IPv4(192, 168, 1, 254), Priority: meshMetric, Protocol: unix.RTPROT_STATIC}
+	n.must(n.h.RouteAdd(&foreign))
+	_, err := n.mesh.Set(t.Context(), n.self, n.peers)
+	if err == nil || !strings.Contains(err.Error(), "route of another program") {
+		t.Errorf("a foreign route in the way gives %v", err)
+	}
+	n.must(n.mesh.Cleanup(t.Context()))
+	for _, dst := range []string{"10.99.0.0/16", "10.244.3.0/24", "10.244.1.7/32"} {
+		r, err := n.h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: ipNet(netip.MustParsePrefix(dst))}, netlink.RT_FILTER_DST)
+		if err != nil || len(r) != 1 {
+			t.Errorf("route to %s: %v, %v", dst, r, err)
+		}
+	}
+}
+
+// A thousand peers, half of them on a link of ours.
+func TestKernelMeshThousandPeers(t *testing.T) {
+	l := newLab(t, labShape{links: []int{1}, nodes4: true, nodes6: true, pods4: true, pods6: true}, MeshConfig{})
+	n := l.nodes[0]
+	n.addr("eth0", "192.169.0.1/16", "fd02::1/64")
+	n.peers = thousandPeers()
+	for _, step := range []struct {
+		name  string
+		peers []Peer
+		least int
+	}{{"all", n.peers, 1000}, {"again", n.peers, 0}, {"one less", n.peers[1:], 1}, {"none", nil, 1000}} {
+		n.peers = step.peers
+		start, cpu := time.Now(), cpuTime()
+		r := n.set()
+		t.Logf("%s: %d writes, %v, CPU %v", step.name, r.Writes, time.Since(start).Round(time.Millisecond), cpuTime()-cpu)
+		if r.Writes < step.least || (step.least == 0 && r.Writes != 0) {
+			t.Errorf("%s: %d writes", step.name, r.Writes)
+		}
+	}
+}
+
+func thousandPeers() []Peer {
+	var peers []Peer
+	for i := range 1000 {
+		hi, lo := byte(i>>8), byte(i)
+		p := Peer{Name: fmt.Sprintf("peer%04d", i), PodCIDRs: []netip.Prefix{
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 100 + hi, lo, 0}), 24), netip.MustParsePrefix(fmt.Sprintf("fd03:%x::/64", i))}}
+		if i%2 == 0 {
+			p.Addrs = []netip.Addr{netip.AddrFrom4([4]byte{192, 169, hi + 1, lo}), netip.MustParseAddr(fmt.Sprintf("fd02::1:%x", i))}
+		} else {
+			p.Addrs = []netip.Addr{netip.AddrFrom4([4]byte{172, 16, hi, lo}), netip.MustParseAddr(fmt.Sprintf("fd09::1:%x", i))}
+		}
+		peers = append(peers, p)
+	}
+	return peers
+}
+
+func cpuTime() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Round(time.Millisecond)
 }

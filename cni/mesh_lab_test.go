@@ -184,7 +184,7 @@ func (l *lab) bridge(link int, s labShape) {
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = name
-	l.router.must(l.router.h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}))
+	l.router.must(l.router.h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: new(bool)}))
 	l.router.up(name)
 	if s.nodes4 {
 		l.router.addr(name, fmt.Sprintf("192.168.%d.254/24", link))
@@ -248,10 +248,13 @@ func (n *labNode) set() Report {
 	return r
 }
 
+// set asks all nodes, and gives the pods the MTU that comes out, as the plugin does.
 func (l *lab) set() {
 	l.t.Helper()
 	for _, n := range l.nodes {
-		n.set()
+		mtu := n.set().MTU
+		n.must(n.h.LinkSetMTU(n.link(podLink), mtu))
+		n.pod.must(n.pod.h.LinkSetMTU(n.pod.link("eth0"), mtu))
 	}
 }
 
