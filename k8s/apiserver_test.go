@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -52,7 +53,8 @@ func newAPIServer(t *testing.T, watchList bool) *apiServer {
 	s.changed = sync.NewCond(&s.mu)
 	s.Server = httptest.NewUnstartedServer(s)
 	s.EnableHTTP2 = true
-	s.StartTLS() // client-go sends no credentials in the clear
+	s.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that leave during a handshake
+	s.StartTLS()                                   // client-go sends no credentials in the clear
 	t.Cleanup(func() {
 		s.cut()
 		s.CloseClientConnections()

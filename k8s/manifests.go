@@ -17,7 +17,7 @@ import (
 const (
 	// goneGrace is how long the objects of a file that vanished stay in force: editors
 	// and git replace a file by deleting and creating it.
-	goneGrace = 50 * time.Millisecond
+	goneGrace = 100 * time.Millisecond
 	// busyPatience is how long a file may be open for writing before that is a
 	// Problem, and how long the first read waits for it.
 	busyPatience = 2 * time.Second
@@ -36,7 +36,7 @@ const (
 //
 // A file counts when its writer has closed it. An object whose new version is refused
 // keeps its last accepted one; a NetworkPolicy that never was valid isolates the pods
-// it selects; the objects of a deleted file go 50 ms later. If an object is defined
+// it selects; the objects of a deleted file go 100 ms later. If an object is defined
 // more than once, the first valid definition by path and document is in force. A
 // namespace exists because it has a manifest or because a Pod or NetworkPolicy is in
 // it. metadata.generation counts the versions of a NetworkPolicy from 1.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -218,10 +219,6 @@ func TestManifestsUnreadable(t *testing.T) {
 	problem("YAML syntax")
 	write(t, path, spaceA)
 	problem("")
-	must(t, os.Mkdir(filepath.Join(dir, "new"), 0o700))
-	must(t, os.Rename(path, filepath.Join(dir, "new", "a.yaml")))
-	must(t, os.Mkdir(path, 0o700))
-	problem("")
 	must(t, os.Rename(dir, dir+".away"))
 	problem("stay as they were")
 	must(t, os.Rename(dir+".away", dir))
@@ -274,25 +271,40 @@ func TestManifestsHalfWritten(t *testing.T) {
 	t.Logf("%d states seen", states)
 }
 
-// TestManifestsReplacedByDelete: an editor that deletes and creates leaves no gap.
+// TestManifestsReplacedByDelete: an editor that deletes and creates leaves no gap, and
+// what stays deleted goes. The clock is the test's.
 func TestManifestsReplacedByDelete(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "p.yaml")
 	write(t, path, netpol("q", 1))
-	sink := newMirrorSink()
-	sink.check = func(state map[objectKey]policy.Event) {
-		if _, ok := state[objectKey{KindNetworkPolicy, "a", "q"}]; !ok {
-			t.Error("the policy is missing")
+	w, err := newWatcher(dir)
+	must(t, err)
+	defer func() { must(t, w.close()) }()
+	f, now := newFollower(dir, w, slog.New(slog.DiscardHandler)), time.Unix(0, 0)
+	step := func(after time.Duration, want ...string) {
+		t.Helper()
+		now = now.Add(after)
+		if diff := cmp.Diff(want, describe(f.follow(changes{paths: map[string]bool{path: true}, rescan: true}, now))); diff != "" {
+			t.Errorf("events (-want +got):\n%s", diff)
 		}
 	}
-	start(t, NewManifests(dir, ManifestOptions{}), sink)
-	for i := range 20 {
-		must(t, os.Remove(path))
-		write(t, path, netpol("q", 1+i))
-	}
-	sink.await(t, "the last version", func(state map[objectKey]policy.Event, _ []Problem) bool {
-		return len(state[objectKey{KindNetworkPolicy, "a", "q"}].Policy.Rules[policy.Ingress]) == 20
-	})
+	step(0, "+Namespace a", "+Policy a/q generation 1 rules 1")
+	must(t, os.Remove(path))
+	step(0)
+	step(goneGrace - 1)
+	write(t, path, netpol("q", 2))
+	step(1, "+Policy a/q generation 2 rules 2")
+	step(goneGrace)
+	must(t, os.Remove(path))
+	step(0)
+	step(goneGrace, "-Policy a/q", "-Namespace a")
+	step(goneGrace)
+	write(t, path, netpol("q", 1))
+	step(0, "+Namespace a", "+Policy a/q generation 1 rules 1")
+	must(t, os.Remove(path))
+	must(t, os.Mkdir(path, 0o700))
+	step(0)
+	step(goneGrace, "-Policy a/q", "-Namespace a")
 }
 
 // TestReadFileLease: while it is open for writing a file is busy.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,9 @@ func readFile(path string) (data []byte, err error) {
 	before, err := f.Stat()
 	if err != nil {
 		return nil, err
+	}
+	if before.IsDir() {
+		return nil, fmt.Errorf("read %s: a directory is in its place: %w", path, fs.ErrNotExist)
 	}
 	if !before.Mode().IsRegular() {
 		return nil, fmt.Errorf("read %s: not a regular file", path)
