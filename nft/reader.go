@@ -391,3 +391,11 @@ func (r *Reader) Denials(ctx context.Context) ([]Denial, error) {
 	}
 	return out, nil
 }
+
+// Direction is the direction of policy that denied, by the number range of Profile.
+func (d Denial) Direction() policy.Direction {
+	if d.Profile >= UnknownIngressProfile {
+		return policy.Ingress
+	}
+	return policy.Egress
+}

@@ -250,3 +250,13 @@ func Delete(ctx context.Context, o Options) error {
 	}
 	return errors.Join(err, c.Close())
 }
+
+// CurrentGeneration is Generation without a Table.
+func CurrentGeneration(ctx context.Context, o Options) (uint32, error) {
+	c, err := openConn(o)
+	if err != nil {
+		return 0, err
+	}
+	g, err := c.generation(ctx)
+	return g, errors.Join(err, c.Close())
+}
