@@ -48,8 +48,8 @@ type attachedPod struct {
 	runtime *libcni.RuntimeConf
 }
 
-// agentPatience bounds every wait for the agent.
-const agentPatience = 20 * time.Second
+// agentPatience bounds every wait for the agent; an emulated machine may need half of it.
+const agentPatience = time.Minute
 
 // newDemoNode makes the node called name and a host outside with these addresses.
 func newDemoNode(name string, outside map[string][]netip.Addr) (*demoNode, error) {

@@ -77,7 +77,10 @@ func elementText(c *policy.Compiled) string {
 		default:
 			key = fmt.Sprintf("%#x", k.X)
 		}
-		line := fmt.Sprintf("%-16s %s : %#x", maps[k.Map], key, v)
+		line := fmt.Sprintf("%-16s %s", maps[k.Map], key)
+		if k.Map != policy.IsolatedIngress && k.Map != policy.IsolatedEgress {
+			line += fmt.Sprintf(" : %#x", v) // the others are maps
+		}
 		if comment := c.Comments[k]; comment != "" {
 			line += "  # " + comment
 		}
