@@ -11,11 +11,16 @@ bench_up() {
     echo "no test cluster here: set CLUSTER_BENCH to the bench's scripts and BENCH_DIR to where its 'build' put the binaries, or KUBECONFIG to a cluster of yours" >&2
     exit 2
   }
+  work=$(mktemp -d)
+  if [ "${REUSE:-0}" = 1 ]; then # a cluster that KEEP=1 left
+    KEEP=1 NFTCNI=/opt/cni/bin/nftcni
+    trap 'rm -rf "$work"' EXIT
+    return
+  fi
   local made=() d
   for d in $private_dirs; do [ -e "$d" ] || { mkdir -p "$d"; made+=("$d"); }; done
   bench_made=("${made[@]}")
   trap bench_down EXIT
-  work=$(mktemp -d)
   mkdir "$work/bin"
   # The runtime calls the plugin "loopback" for every pod, whatever the network is.
   cp "$BENCH_DIR/bin/cni/loopback" "$work/bin/"

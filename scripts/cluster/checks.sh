@@ -277,7 +277,7 @@ same_residue() {
 # The agents of all nodes are killed again and again while pods talk. Nothing that is
 # allowed may be lost, nothing that is denied may pass.
 check_kill() {
-  local ns=kill server i sent got
+  local ns=kill server i sent got pids=()
   new_namespace $ns
   k -n $ns apply -f - >/dev/null <<K
 apiVersion: v1
@@ -307,14 +307,18 @@ K
   check "kill: stranger denied before" gone_within 5 k -n $ns exec stranger -- nc -z -w 1 "$server" 80
   # Packets of one flow, and one new connection after another.
   k -n $ns exec friend -- ping -q -i 0.01 -c 1500 "$server" >"$work/friend.ping" 2>&1 &
+  pids+=($!)
   k -n $ns exec stranger -- ping -q -i 0.01 -c 1500 "$server" >"$work/stranger.ping" 2>&1 &
+  pids+=($!)
   k -n $ns exec friend -- bash -c "end=\$((SECONDS+15)); while [ \$SECONDS -lt \$end ]; do nc -z -w 2 $server 80 && echo yes || echo no; done" >"$work/friend.tcp" 2>&1 &
+  pids+=($!)
   k -n $ns exec stranger -- bash -c "end=\$((SECONDS+15)); while [ \$SECONDS -lt \$end ]; do for i in 1 2 3 4 5; do (nc -z -w 1 $server 80 && echo yes || echo no) & done; wait; done" >"$work/stranger.tcp" 2>&1 &
+  pids+=($!)
   for i in 1 2 3 4 5; do
     sleep 2
     kill_agents
   done
-  wait $(jobs -p)
+  wait "${pids[@]}" || true
   check "kill: no packet of a live allowed flow lost" grep -q ', 0% packet loss' "$work/friend.ping"
   check "kill: no packet of a denied flow passed" grep -q ' 0 received' "$work/stranger.ping"
   got=$(grep -c yes "$work/friend.tcp") sent=$(grep -c . "$work/friend.tcp")
