@@ -43,10 +43,18 @@ type batch struct {
 	set                 string
 }
 
-// A part is what the bytes of a message from offset on do.
+// A part is what the bytes of a message from offset on do. Elements of the engine are named only when one fails.
 type part struct {
 	offset int
 	does   string
+	key    policy.Key
+}
+
+func (p part) String() string {
+	if p.key == (policy.Key{}) {
+		return p.does
+	}
+	return p.does + describe(p.key)
 }
 
 func newBatch(seq uint32) *batch {
@@ -67,7 +75,7 @@ func (b *batch) header(kind uint16, flags uint16, family byte, res uint16, does 
 	b.buf = binary.NativeEndian.AppendUint32(b.buf, 0)
 	b.buf = append(b.buf, family, unix.NFNETLINK_V0)
 	b.buf = binary.BigEndian.AppendUint16(b.buf, res)
-	b.ops[b.seq] = []part{{0, does}}
+	b.ops[b.seq] = []part{{does: does}}
 }
 
 // change begins a message of nf_tables.
@@ -283,6 +291,10 @@ type element struct {
 
 // element adds or deletes one element. Neighbours for the same set share a message.
 func (b *batch) element(del bool, set string, e element, does string) {
+	b.named(del, set, e, does, policy.Key{})
+}
+
+func (b *batch) named(del bool, set string, e element, does string, k policy.Key) {
 	kind := unix.NFT_MSG_NEWSETELEM
 	verb := "add "
 	if del {
@@ -295,7 +307,7 @@ func (b *batch) element(del bool, set string, e element, does string) {
 		b.str(unix.NFTA_SET_ELEM_LIST_SET, set)
 		b.list = b.nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	}
-	b.ops[b.seq] = append(b.ops[b.seq], part{len(b.buf) - b.message, verb + set + " " + does})
+	b.ops[b.seq] = append(b.ops[b.seq], part{len(b.buf) - b.message, verb + set + " " + does, k})
 	b.n++
 	b.oneElement(del, e, false)
 	if e.key.span && e.key.after != nil {
@@ -359,7 +371,7 @@ func (b *batch) op(o policy.Op) {
 			e.data = host32(o.Value)
 		}
 	}
-	b.element(o.Delete, ElementSet(o.Key), e, describe(o.Key))
+	b.named(o.Delete, ElementSet(o.Key), e, "", o.Key)
 }
 
 // describe names an element for errors.

@@ -172,7 +172,7 @@ func (b *batch) what(seq uint32, offset int) string {
 		if p.offset > offset {
 			break
 		}
-		does = p.does
+		does = p.String()
 	}
 	return does
 }

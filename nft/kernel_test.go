@@ -20,7 +20,7 @@ import (
 func TestMain(m *testing.M) { nfttest.Main(m) }
 
 // namespace moves the test's thread into a fresh network namespace for good: the thread is never unlocked.
-func namespace(t *testing.T) {
+func namespace(t testing.TB) {
 	t.Helper()
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {

@@ -399,3 +399,41 @@ func (d Denial) Direction() policy.Direction {
 	}
 	return policy.Egress
 }
+
+// Sizes counts the elements of every set and map of the table.
+func (r *Reader) Sizes(ctx context.Context) (map[string]int, error) {
+	out := map[string]int{}
+	for set := range r.sets {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		out[set] = 0
+		elements, err := r.dump(set)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range elements {
+			if e.flags&unix.NFT_SET_ELEM_INTERVAL_END == 0 {
+				out[set]++
+			}
+		}
+	}
+	return out, nil
+}
+
+// Epoch is the mark that connections get now when they are allowed.
+func (r *Reader) Epoch(ctx context.Context) (uint32, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	elements, err := r.dump("stamp")
+	if err != nil {
+		return 0, err
+	}
+	for _, e := range elements {
+		if len(e.data) == 4 {
+			return binary.NativeEndian.Uint32(e.data), nil
+		}
+	}
+	return 0, errors.New("map stamp is empty: the table is not whole")
+}
