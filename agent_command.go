@@ -12,7 +12,7 @@ import (
 )
 
 func newAgentCommand() *cobra.Command {
-	var manifests, config, kubeconfig, server, node string
+	var manifests, config, kubeconfig, server, node, flowLog string
 	var serving servingFlags
 	cmd := &cobra.Command{
 		Use:   "agent",
@@ -28,9 +28,9 @@ func newAgentCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			c.Node = cmp.Or(node, c.Node)
+			c.Node, c.FlowLog = cmp.Or(node, c.Node), cmp.Or(flowLog, c.FlowLog)
 			log := c.Logger(os.Stderr)
-			o := agent.Options{Config: c, Log: log, WaitForPods: manifests == ""}
+			o := agent.Options{Config: c, Log: log, WaitForPods: manifests == "", Version: version}
 			o.TableSocket, o.KeepSocket = storedTableSocket(), storeTableSocket
 			o.Listening = func() error { return notifySystemd("READY=1") }
 			o.Serving = func() error {
@@ -51,6 +51,7 @@ func newAgentCommand() *cobra.Command {
 	f.StringVar(&config, "config", "", "configuration file (YAML); default: every setting's default")
 	f.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig of the API server; default: the pod's service account")
 	f.StringVar(&node, "node", "", "name of this node's Node object; default: the configuration's, or the host name")
+	f.StringVar(&flowLog, "flow-log", "", "write new connections to this file as JSON lines; default: the configuration's")
 	serving.register(f)
 	f.StringVar(&server, "server", "", "URL of the API server, in place of the kubeconfig's")
 	cmd.AddCommand(newAgentReadyCommand())

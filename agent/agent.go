@@ -35,6 +35,8 @@ type Options struct {
 	KeepSocket  func(*os.File) error
 	// Publish tells other nodes the addresses of attached pods; nil: nobody to tell.
 	Publish PublishFunc
+	// Version is what the metrics say this is.
+	Version string
 }
 
 // Run serves until ctx ends and leaves the rules in force. An error is one that waiting
@@ -129,7 +131,12 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 			}
 		})
 	}
+	watches := newObservers(l, o.Log, o.Version)
+	srv.mux.HandleFunc("GET "+PathFlows, watches.flows.flows)
 	start("loop", func() error { return l.run(ctx) })
+	if err := watches.start(ctx, o.Config, start); err != nil {
+		cancel(err)
+	}
 	start("socket", func() error { return serveHTTP(&srv.http, ln) })
 	start("source", func() error {
 		return o.Source.Run(ctx, sink{ctx, l, new([]k8s.Problem)})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -52,6 +53,12 @@ type Config struct {
 	// LogLevel is debug, info (default), warn or error. LogFormat is text (default) or json.
 	LogLevel  string `json:"logLevel,omitempty"`
 	LogFormat string `json:"logFormat,omitempty"`
+	// Metrics is the address that serves /metrics, /healthz and /readyz, as
+	// "127.0.0.1:9100"; empty (default): none.
+	Metrics string `json:"metrics,omitempty"`
+	// FlowLog is a file that new connections are written to as JSON lines, rotated at
+	// 64 MiB with two older files kept; empty (default): none.
+	FlowLog string `json:"flowLog,omitempty"`
 }
 
 // Duration is a time.Duration written like "10s".
@@ -119,6 +126,12 @@ func (c Config) validate() error {
 	}
 	if c.PodWait < 0 || time.Duration(c.PodWait) > 2*time.Minute {
 		return fmt.Errorf("config field podWait is %v: it takes 0s to 2m", time.Duration(c.PodWait))
+	}
+	if _, _, err := net.SplitHostPort(c.Metrics); c.Metrics != "" && err != nil {
+		return fmt.Errorf("config field metrics is %q: it takes an address with a port, as 127.0.0.1:9100", c.Metrics)
+	}
+	if c.FlowLog != "" && !filepath.IsAbs(c.FlowLog) {
+		return fmt.Errorf("config field flowLog is %q: it takes an absolute path", c.FlowLog)
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return fmt.Errorf("config field logFormat is %q: it takes text or json", c.LogFormat)

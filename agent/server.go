@@ -25,12 +25,13 @@ type server struct {
 	loop *loop
 	cfg  Config
 	log  *slog.Logger
+	mux  *http.ServeMux
 	http http.Server
 }
 
 func newServer(cfg Config, log *slog.Logger, l *loop) *server {
-	s := &server{loop: l, cfg: cfg, log: log}
 	mux := http.NewServeMux()
+	s := &server{loop: l, cfg: cfg, log: log, mux: mux}
 	mux.HandleFunc("POST "+cni.PathAttach, s.attach)
 	mux.HandleFunc("POST "+cni.PathDetach, s.detach)
 	mux.HandleFunc("GET "+cni.PathReady, s.ready)
@@ -106,7 +107,9 @@ func (s *server) attach(w http.ResponseWriter, r *http.Request) {
 	if !decode(w, r, &req) {
 		return
 	}
+	began := time.Now()
 	resp, err := s.loop.attach(r.Context(), req.Attachment)
+	s.loop.commits.measures.request("add", time.Since(began), err != nil)
 	if err != nil {
 		s.log.Warn("attach refused", "pod", podName(req.Attachment).String(), "interface", req.HostInterface, "err", err.Message)
 		fail(w, http.StatusConflict, err)
@@ -122,7 +125,10 @@ func (s *server) detach(w http.ResponseWriter, r *http.Request) {
 	if !decode(w, r, &req) {
 		return
 	}
-	if err := s.loop.detach(r.Context(), req); err != nil {
+	began := time.Now()
+	err := s.loop.detach(r.Context(), req)
+	s.loop.commits.measures.request("del", time.Since(began), err != nil)
+	if err != nil {
 		fail(w, http.StatusServiceUnavailable, err)
 		return
 	}

@@ -39,6 +39,9 @@ type Status struct {
 	LastCommit  *Commit        `json:"lastCommit,omitempty"`
 	Recent      []Commit       `json:"recent,omitempty"`
 	Problems    []k8s.Problem  `json:"problems,omitempty"`
+	// EventToKernel and Kernel are the times of all commits since the start.
+	EventToKernel Histogram `json:"eventToKernel"`
+	Kernel        Histogram `json:"kernel"`
 }
 
 // Commit is one change that reached the kernel.
@@ -85,6 +88,7 @@ type commitLog struct {
 	total    uint64
 	recent   []Commit // oldest first
 	enforced map[policy.PolicyID]enforcement
+	measures *measures // nil in tests of the loop alone
 }
 
 type enforcement struct {
@@ -105,6 +109,7 @@ func (l *loop) record(began time.Time, b *batch, r nft.Receipt, err error) {
 		l.enforced(b, c)
 	}
 	l.commits.total++
+	l.commits.measures.committed(c)
 	if len(l.commits.recent) == recentCommits {
 		l.commits.recent = slices.Delete(l.commits.recent, 0, 1)
 	}
@@ -154,6 +159,7 @@ func (l *loop) status(ctx context.Context) (Status, error) {
 		}
 		s.Ready, s.Reason = l.ready()
 	})
+	s.EventToKernel, s.Kernel = l.commits.measures.latency()
 	if n := len(s.Recent); n > 0 {
 		s.LastCommit = &s.Recent[n-1]
 	}

@@ -1,0 +1,279 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/policy"
+)
+
+// PathFlows answers GET with Flows: the connections after the sequence number in the query
+// parameter after, at most limit (default 1000) and the newest. With wait=1 it waits, at
+// most 20 s, until there is one.
+const PathFlows = "/v1/flows"
+
+// flowRing is how many connections the agent remembers.
+const flowRing = 8192
+
+// Flow is one new connection that policy judged on this node.
+type Flow struct {
+	Seq     uint64         `json:"seq"`
+	At      time.Time      `json:"at"`
+	Verdict string         `json:"verdict"` // allowed or denied
+	Src     netip.AddrPort `json:"src"`
+	Dst     netip.AddrPort `json:"dst"` // after a Service's DNAT
+	// Protocol is TCP, UDP, SCTP, ICMP, ICMPv6 or a number; for ICMP the port of Dst is
+	// type<<8 | code.
+	Protocol string `json:"protocol"`
+	SrcPod   string `json:"srcPod,omitempty"` // namespace/name
+	DstPod   string `json:"dstPod,omitempty"`
+	// Policy is what decides such a flow now: namespace/name and rule, or the isolating
+	// policies of a denial.
+	Policy string `json:"policy,omitempty"`
+}
+
+// Flows is a part of the ring.
+type Flows struct {
+	Flows []Flow `json:"flows"`
+	Next  uint64 `json:"next"` // for the query parameter after
+	// Missed are connections that were overwritten before they were asked for.
+	Missed uint64 `json:"missed,omitempty"`
+	// Lost are messages the kernel could not deliver since the agent's start.
+	Lost uint64 `json:"lost,omitempty"`
+	// SampledOneIn is greater than 1 while new connections are too many to watch all.
+	SampledOneIn uint32 `json:"sampledOneIn"`
+}
+
+// rawFlow is a connection as the kernel told it: names are looked up when it is read.
+type rawFlow struct {
+	at         time.Time
+	flow       policy.Flow
+	clientPort uint16
+	denied     bool
+}
+
+// flowLog is the ring. Its writers are the watchers of flows_watch.go.
+type flowLog struct {
+	mu      sync.Mutex
+	ring    [flowRing]rawFlow
+	next    uint64        // sequence number of the next connection, from 1
+	changed chan struct{} // closed and replaced when one is added
+	lost    uint64
+	oneIn   uint32
+}
+
+func newFlowLog() *flowLog { return &flowLog{next: 1, changed: make(chan struct{}), oneIn: 1} }
+
+func (l *flowLog) add(f rawFlow) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ring[l.next%flowRing] = f
+	l.next++
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+func (l *flowLog) lose() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lost++
+}
+
+func (l *flowLog) sample(oneIn uint32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.oneIn = oneIn
+}
+
+// since copies what came after seq, at most limit.
+func (l *flowLog) since(seq uint64, limit int) (raw []rawFlow, out Flows, changed <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	first := max(seq+1, 1)
+	if oldest := l.next - min(l.next-1, flowRing); first < oldest {
+		if seq > 0 {
+			out.Missed = oldest - first
+		}
+		first = oldest
+	}
+	if first+uint64(limit) < l.next {
+		if seq > 0 {
+			out.Missed += l.next - uint64(limit) - first
+		}
+		first = l.next - uint64(limit)
+	}
+	for s := first; s < l.next; s++ {
+		raw = append(raw, l.ring[s%flowRing])
+	}
+	out.Next, out.Lost, out.SampledOneIn = l.next-1, l.lost, l.oneIn
+	return raw, out, l.changed
+}
+
+// namer names the ends of flows and what decides them, from a cluster that is renewed at
+// most once a second: the ring must not make pods wait.
+type namer struct {
+	mu      sync.Mutex
+	loop    *loop
+	at      time.Time
+	commits uint64
+	named   *named
+}
+
+// named is one version of the cluster. Deciding a flow walks every policy, and
+// connections repeat, so answers are remembered.
+type named struct {
+	oracle *policy.Oracle
+	mu     sync.Mutex
+	memo   map[rawFlow]string // at and clientPort left zero
+}
+
+const (
+	namerAge  = time.Second
+	namerMemo = 1 << 14
+)
+
+func (n *namer) current(ctx context.Context) (*named, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.named != nil && time.Since(n.at) < namerAge {
+		return n.named, nil
+	}
+	var c *policy.Cluster
+	err := n.loop.do(ctx, func() {
+		if n.named == nil || n.loop.commits.total != n.commits {
+			n.commits, c = n.loop.commits.total, n.loop.inv.cluster()
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	if c != nil {
+		n.named = &named{oracle: policy.NewOracle(c, n.loop.cfg.Node), memo: map[rawFlow]string{}}
+	}
+	n.at = time.Now()
+	return n.named, nil
+}
+
+// concerns reports whether an end of r is a pod of node.
+func (n *named) concerns(node string, r rawFlow) bool {
+	for _, a := range []netip.Addr{r.flow.Src, r.flow.Dst} {
+		if p := n.oracle.Owner(a); p != nil && p.Node == node {
+			return true
+		}
+	}
+	return r.denied
+}
+
+// describe is the Flow of r.
+func (n *named) describe(r rawFlow, seq uint64) Flow {
+	f := Flow{Seq: seq, At: r.at, Verdict: "allowed", Protocol: protocolName(r.flow.Protocol),
+		Src: netip.AddrPortFrom(r.flow.Src, r.clientPort), Dst: netip.AddrPortFrom(r.flow.Dst, r.flow.Port)}
+	if p := n.oracle.Owner(r.flow.Src); p != nil {
+		f.SrcPod = p.Name.String()
+	}
+	if p := n.oracle.Owner(r.flow.Dst); p != nil {
+		f.DstPod = p.Name.String()
+	}
+	if r.denied {
+		f.Verdict = "denied"
+	}
+	f.Policy = n.decides(r)
+	return f
+}
+
+func (n *named) decides(r rawFlow) string {
+	key := rawFlow{flow: r.flow, denied: r.denied}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if text, ok := n.memo[key]; ok {
+		return text
+	}
+	if len(n.memo) >= namerMemo {
+		clear(n.memo)
+	}
+	text := ""
+	v := n.oracle.Evaluate(r.flow)
+	for _, d := range []policy.Decision{v.Egress, v.Ingress} {
+		if (d.Action == policy.Allow) == r.denied {
+			continue
+		}
+		if text = decider(d); text != "" {
+			break
+		}
+	}
+	n.memo[key] = text
+	return text
+}
+
+// decider names what a decision rests on, "" for none.
+func decider(d policy.Decision) string {
+	switch d.Reason {
+	case policy.RuleMatched:
+		return d.Policy.String() + " rule " + strconv.Itoa(d.Rule)
+	case policy.Isolated:
+		text := ""
+		for i, id := range d.Isolating {
+			if i > 0 {
+				text += ","
+			}
+			text += id.String()
+		}
+		return text
+	}
+	return ""
+}
+
+func protocolName(p policy.Protocol) string {
+	switch p {
+	case policy.TCP:
+		return "TCP"
+	case policy.UDP:
+		return "UDP"
+	case policy.SCTP:
+		return "SCTP"
+	case policy.ICMP:
+		return "ICMP"
+	case policy.ICMPv6:
+		return "ICMPv6"
+	}
+	return strconv.Itoa(int(p))
+}
+
+// flows answers PathFlows.
+func (w *flowWatch) flows(rw http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	after, _ := strconv.ParseUint(q.Get("after"), 10, 64) // nothing or nonsense: from the oldest
+	limit, err := strconv.Atoi(q.Get("limit"))
+	if err != nil || limit < 1 || limit > flowRing {
+		limit = 1000
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 20*time.Second)
+	defer cancel()
+	raw, out, changed := w.log.since(after, limit)
+	for len(raw) == 0 && q.Get("wait") == "1" && ctx.Err() == nil {
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+		raw, out, changed = w.log.since(after, limit)
+	}
+	names, err := w.names.current(r.Context())
+	if err != nil {
+		fail(rw, http.StatusServiceUnavailable, &cni.Error{Code: codeTryAgain, Message: err.Error()})
+		return
+	}
+	out.Flows = make([]Flow, 0, len(raw))
+	for i, f := range raw {
+		if names.concerns(w.node, f) {
+			out.Flows = append(out.Flows, names.describe(f, out.Next-uint64(len(raw)-1-i)))
+		}
+	}
+	rw.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(rw).Encode(out) // the client is gone if this fails
+}
