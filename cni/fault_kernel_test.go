@@ -177,7 +177,10 @@ func TestKernelDelWhen(t *testing.T) {
 		{name: "record damaged", make: func(n *node, _ *libcni.RuntimeConf) {
 			_ = os.WriteFile(recordPath(n.run, HostInterface("a", "eth0")), []byte("{"), 0o600)
 		}},
-		{name: "run directory lost", make: func(n *node, _ *libcni.RuntimeConf) { n.agent.attached = map[string]Attachment{}; _ = os.RemoveAll(n.run) }},
+		{name: "run directory lost", make: func(n *node, _ *libcni.RuntimeConf) {
+			n.agent.attached = map[string]Attachment{}
+			_ = os.RemoveAll(n.run)
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			n := newNode(t)

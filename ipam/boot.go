@@ -50,6 +50,13 @@ func (s *Store) copyFile() (err error) {
 	if err != nil {
 		return fmt.Errorf("look at lease file: %w", err)
 	}
+	whole, err := os.ReadFile(s.path())
+	if err != nil {
+		return fmt.Errorf("read lease file: %w", err)
+	}
+	if err := checkPages(whole); err != nil {
+		return &corruptError{cause: err}
+	}
 	old, err := bolt.Open(s.path(), 0o600, s.boltOptions(true))
 	if err != nil {
 		return s.openError(err)
