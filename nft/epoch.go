@@ -47,7 +47,7 @@ func (t *Table) bump(b *batch, again bool) uint32 {
 }
 
 // replaceEpoch mends a table whose epoch somebody removed or doubled: nothing stays live.
-func (t *Table) replaceEpoch(context.Context) error {
+func (t *Table) replaceEpoch() error {
 	e, err := firstEpoch()
 	if err != nil {
 		return err

@@ -131,6 +131,11 @@ func (t *Table) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if diff == "" {
+		if diff, err = t.bindingsDiffer(); err != nil {
+			return err
+		}
+	}
 	wantsOwner := t.flags != 0 && ownerFlags(t.flags, found.flags)
 	if diff == "" && !wantsOwner {
 		t.flags = found.flags
@@ -158,9 +163,6 @@ func (t *Table) adoptTable(ctx context.Context, found tableInfo) error {
 	if err := t.load(ctx); err != nil {
 		return err
 	}
-	if t.epoch == 0 {
-		return t.replaceEpoch(ctx)
-	}
 	if t.again { // the predecessor died between the two bumps of a revocation
 		t.seq++
 		t.pending = append(t.pending, pending{seq: t.seq, revokes: true})
@@ -184,12 +186,14 @@ func (t *Table) File() (*os.File, error) {
 // Port is the netlink port of the table's commits, for Options.Port of Watch.
 func (t *Table) Port() uint32 { return t.conn.port }
 
-// State reads the table back from the kernel.
+// State reads the table back from the kernel. Later changes are differences from it.
 func (t *Table) State(ctx context.Context) (State, error) {
 	s, err := t.readState(ctx)
 	if err != nil {
 		return State{}, fmt.Errorf("read table inet %s: %w", TableName, err)
 	}
+	t.remember(s)
+	t.stale = t.stale || s.Epoch != t.epoch
 	return s, nil
 }
 
@@ -200,7 +204,12 @@ func (t *Table) load(ctx context.Context) error {
 		return err
 	}
 	t.remember(s)
-	t.epoch, t.again, err = t.readEpoch()
+	if t.epoch, t.again, err = t.readEpoch(); err != nil {
+		return err
+	}
+	if t.epoch == 0 {
+		err = t.replaceEpoch()
+	}
 	t.stale = err != nil
 	return err
 }

@@ -119,6 +119,8 @@ func TestKernelAdoptOrReplace(t *testing.T) {
 		{"rule removed", "flush chain inet nftcni from_pod", true},
 		{"verdict changed", "delete element inet nftcni verdict { 0:2 }; add element inet nftcni verdict { 0:2 : return }", true},
 		{"foreign set", "add set inet nftcni x { type ipv4_addr; }", true},
+		{"local address gone", "flush set inet nftcni local4", true},
+		{"foreign local address", "add element inet nftcni local4 { 1.2.3.4 }", true},
 		{"foreign chain", "add chain inet nftcni x", true},
 		{"epoch gone", "flush set inet nftcni epoch", true},
 		{"table gone", "delete table inet nftcni", true},

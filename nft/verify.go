@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/mdlayher/netlink"
@@ -271,4 +272,31 @@ func sameFixed(s *setSpec, elements []rawElement) bool {
 		}
 	}
 	return true
+}
+
+// bindingsDiffer looks for what only somebody else's edit leaves behind: an address that is bound but not local, or
+// local without being bound, or a stamp that is not the epoch.
+func (t *Table) bindingsDiffer() (string, error) {
+	for _, f := range families() {
+		keys := map[string]map[string]bool{}
+		for _, set := range []string{"bound", "local", "self", "masquerade"} {
+			elements, err := t.reader.dump(set + f.suffix)
+			if err != nil {
+				return "", err
+			}
+			keys[set] = map[string]bool{}
+			for _, e := range elements {
+				keys[set][string(e.key[max(0, len(e.key)-int(f.addr.size)):])] = true
+			}
+		}
+		if !maps.Equal(keys["bound"], keys["local"]) || !maps.Equal(keys["bound"], keys["self"]) {
+			return "local" + f.suffix + " and self" + f.suffix + " are not what is bound", nil
+		}
+		for k := range keys["masquerade"] {
+			if !keys["bound"][k] {
+				return "masquerade" + f.suffix + " has an address that is not bound", nil
+			}
+		}
+	}
+	return "", nil
 }
