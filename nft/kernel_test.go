@@ -2,10 +2,12 @@ package nft_test
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"testing"
@@ -212,5 +214,27 @@ func TestKernelRoundTrip(t *testing.T) {
 	}
 	if s3.Epoch != s.Epoch {
 		t.Errorf("epoch %#x after the reload, want %#x", s3.Epoch, s.Epoch)
+	}
+}
+
+// TestDocsShowTheProgram keeps docs/dataplane.md honest: every chain it shows is the program's, and only chains that
+// repeat another family or direction are left out.
+func TestDocsShowTheProgram(t *testing.T) {
+	docs, err := os.ReadFile("../docs/dataplane.md")
+	if errors.Is(err, os.ErrNotExist) {
+		t.Skip("docs are not beside the test here")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	chains := regexp.MustCompile(`(?s)\tchain (\w+) \{\n.*?\n\t\}\n`).FindAllStringSubmatch(nft.Program(), -1)
+	for _, c := range chains {
+		if strings.HasSuffix(c[1], "6") || strings.HasPrefix(c[1], "ingress") {
+			continue
+		}
+		text := strings.ReplaceAll(strings.TrimPrefix(c[0], "\t"), "\n\t", "\n")
+		if !strings.Contains(string(docs), text) {
+			t.Errorf("docs/dataplane.md does not show chain %s as it is:\n%s", c[1], text)
+		}
 	}
 }

@@ -6,14 +6,21 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// patience is how long a probe waits before silence counts as an answer. It bounds only tests that expect silence.
-const patience = 300 * time.Millisecond
+// patience is how long a probe waits before silence counts as an answer. NFTCNI_PATIENCE, a duration, changes it for
+// slow machines.
+func patience() time.Duration {
+	if d, err := time.ParseDuration(os.Getenv("NFTCNI_PATIENCE")); err == nil && d > 0 {
+		return d
+	}
+	return 300 * time.Millisecond
+}
 
 // EchoTCP answers every byte on a TCP port of the host until the test ends.
 func (h *Host) EchoTCP(addr netip.Addr, port uint16) {
@@ -79,7 +86,7 @@ func (h *Host) Connect(to netip.AddrPort) net.Conn {
 	var c net.Conn
 	_ = h.Do(func() error {
 		var err error
-		c, err = (&net.Dialer{Timeout: patience}).Dial("tcp", to.String())
+		c, err = (&net.Dialer{Timeout: patience()}).Dial("tcp", to.String())
 		if err != nil {
 			c = nil
 		}
@@ -112,7 +119,7 @@ func Answers(c net.Conn) bool {
 	if _, err := c.Write(message); err != nil {
 		return false
 	}
-	_ = c.SetReadDeadline(time.Now().Add(patience))
+	_ = c.SetReadDeadline(time.Now().Add(patience()))
 	b := make([]byte, 64)
 	for {
 		n, err := c.Read(b)
@@ -177,7 +184,7 @@ func ping(to netip.Addr) (bool, error) {
 	if err := unix.Sendto(fd, m, 0, sockaddr(netip.AddrPortFrom(to, 0))); err != nil {
 		return false, fmt.Errorf("send echo request: %w", err)
 	}
-	tv := unix.NsecToTimeval(int64(patience))
+	tv := unix.NsecToTimeval(int64(patience()))
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 		return false, fmt.Errorf("set timeout: %w", err)
 	}
@@ -262,7 +269,7 @@ func (h *Host) Sink(addr netip.Addr, port uint16) *Sink {
 func (s *Sink) Total() int64 {
 	for last := int64(-1); last != s.Received.Load(); {
 		last = s.Received.Load()
-		timer := time.NewTimer(patience)
+		timer := time.NewTimer(patience())
 		<-timer.C
 	}
 	_ = s.conn.Close()
