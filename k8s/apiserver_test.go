@@ -265,7 +265,7 @@ func (s *apiServer) patch(w http.ResponseWriter, r *http.Request) {
 	case !ok:
 		status(w, http.StatusNotFound, "NotFound", "no such pod")
 	case p.Metadata.UID != string(o.UID):
-		status(w, http.StatusConflict, "Conflict", "uid differs")
+		status(w, http.StatusUnprocessableEntity, "Invalid", "metadata.uid: field is immutable")
 	default:
 		o = o.DeepCopy()
 		o.Annotations = map[string]string{}

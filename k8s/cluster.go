@@ -3,7 +3,6 @@ package k8s
 import (
 	"context"
 	"fmt"
-	"hash/maphash"
 	"log/slog"
 	"sync"
 	"time"
@@ -59,7 +58,7 @@ func NewCluster(o ClusterOptions) (*Cluster, error) {
 	}
 	return &Cluster{
 		node: o.Node, log: o.Log, clients: clients,
-		digester: digester{maphash.MakeSeed()},
+		digester: newDigester(o.Node),
 		events:   make(chan *corev1.Event, 256),
 		mirrors:  map[policy.Name]mirror{},
 	}, nil

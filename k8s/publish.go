@@ -43,7 +43,8 @@ func (c *Cluster) PublishAddresses(ctx context.Context, pod policy.Name, uid str
 	}
 	err = c.clients.core.Patch(types.MergePatchType).Namespace(pod.Namespace).Resource("pods").Name(pod.Name).
 		Body(patch).Do(ctx).Error()
-	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+	// Another UID is refused as a change of an immutable field.
+	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) || apierrors.IsInvalid(err) {
 		err = errors.Join(ErrPodGone, err)
 	}
 	if err != nil {

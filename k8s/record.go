@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"hash/maphash"
 	"net/netip"
+	"slices"
 	"strings"
+	"sync"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -23,12 +25,51 @@ type record struct {
 	faults faults
 	digest uint64
 	uid    string // metadata.uid
+	mirror bool   // of a static pod, whose UID is another one
 	// claimed are the addresses of AnnotationAddresses, if the status has none yet.
 	claimed []netip.Addr
 }
 
-// seed of the digests. One per process: digests are never stored.
-type digester struct{ seed maphash.Seed }
+// A digester makes records. Digests are of this process only: they are never stored.
+type digester struct {
+	seed  maphash.Seed
+	host  string // this node: the UID of other nodes' pods is left out: only the plugin's calls name it
+	ports *portTable
+}
+
+func newDigester(node string) digester {
+	return digester{seed: maphash.MakeSeed(), host: node, ports: &portTable{known: map[uint64][]policy.NamedPort{}}}
+}
+
+// A portTable lets the pods of one template share their list of named ports.
+type portTable struct {
+	mu    sync.Mutex
+	known map[uint64][]policy.NamedPort
+}
+
+// maxPortLists bounds a portTable: when it is full it is emptied.
+const maxPortLists = 10_000
+
+func (t *portTable) share(seed maphash.Seed, ports []policy.NamedPort) []policy.NamedPort {
+	if len(ports) == 0 {
+		return nil
+	}
+	var h maphash.Hash
+	h.SetSeed(seed)
+	for _, p := range ports {
+		maphash.WriteComparable(&h, p)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if shared := t.known[h.Sum64()]; slices.Equal(shared, ports) {
+		return shared
+	}
+	if len(t.known) >= maxPortLists {
+		clear(t.known)
+	}
+	t.known[h.Sum64()] = ports
+	return ports
+}
 
 // transform implements cache.TransformFunc; it is idempotent.
 func (d digester) transform(obj any) (any, error) {
@@ -70,13 +111,19 @@ func (d digester) node(o *corev1.Node) *record {
 func (d digester) pod(o *corev1.Pod) *record {
 	r := newRecord(&o.ObjectMeta)
 	p := convertPod(o, &r.faults)
+	p.Ports = d.ports.share(d.seed, p.Ports)
+	staticUID := p.UID
+	if d.host != "" && p.Node != d.host {
+		p.UID = ""
+	}
+	r.mirror = staticUID != r.uid
 	if len(p.Addrs) == 0 {
 		r.claimed = claimedAddrs(o.Annotations[AnnotationAddresses], &r.faults)
 	}
 	r.value.Pod = &p
 	var h maphash.Hash
 	h.SetSeed(d.seed)
-	for _, s := range []string{r.uid, p.UID, p.Node} {
+	for _, s := range []string{r.uid, staticUID, p.Node} {
 		maphash.WriteComparable(&h, s)
 	}
 	maphash.WriteComparable(&h, p.Labels)

@@ -153,7 +153,7 @@ func (r *registry) upsert(kind int, rec *record, events []policy.Event) []policy
 	case kindPod:
 		name = rec.value.Pod.Name // shares its storage with the pod's
 		delete(r.claims, name)
-		if rec.uid != rec.value.Pod.UID {
+		if rec.mirror {
 			r.mirrored(name, rec)
 		}
 		if len(rec.claimed) > 0 && !rec.value.Pod.HostNetwork {

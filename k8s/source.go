@@ -56,6 +56,15 @@ func (s Severity) String() string {
 // MarshalText makes a Severity readable in JSON and logs.
 func (s Severity) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
+// UnmarshalText reads what MarshalText wrote; anything unknown counts as Refused.
+func (s *Severity) UnmarshalText(b []byte) error {
+	*s = Refused
+	if string(b) == Warning.String() {
+		*s = Warning
+	}
+	return nil
+}
+
 // Problem is something a user should mend. It is comparable.
 type Problem struct {
 	Severity Severity `json:"severity"`
