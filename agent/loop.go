@@ -50,6 +50,7 @@ type loop struct {
 	grace  func(context.Context) error
 	work   chan work
 	inv    *inventory
+	claims *claims // with NetworkNone
 	engine *policy.Engine
 
 	waitForPods bool   // attachments wait until the source lists their pod
@@ -73,6 +74,7 @@ func newLoop(cfg Config, log *slog.Logger, t dataplane) *loop {
 		cfg: cfg, log: log, table: t, grace: nft.Grace,
 		work:    make(chan work, 1024),
 		inv:     newInventory(cfg.Node, cfg.Network),
+		claims:  newClaims(cfg.Node),
 		waiting: map[policy.Name][]*attachWork{},
 	}
 }
@@ -140,6 +142,10 @@ func (l *loop) replace(c *policy.Cluster, problems []k8s.Problem) work {
 		l.inv.load(c)
 		l.problems = problems
 		b.replace, b.events, l.loaded = true, nil, true
+		l.claims = newClaims(l.cfg.Node)
+		for i := range c.Pods {
+			l.claims.set(c.Pods[i].Name, &c.Pods[i])
+		}
 		l.admit(b)
 	}
 }
@@ -149,6 +155,7 @@ func (l *loop) apply(events []policy.Event, problems []k8s.Problem) work {
 		l.problems = problems
 		for _, e := range events {
 			b.events = append(b.events, l.inv.apply(e)...)
+			l.claim(b, e)
 			if e.Pod != nil {
 				l.admitPod(b, e.Pod.Name)
 			}
@@ -292,6 +299,9 @@ func (l *loop) read(ctx context.Context, reopen bool) (nft.State, error) {
 }
 
 func (l *loop) wantBindings() []nft.Binding {
+	if l.cfg.Network == NetworkNone {
+		return l.claims.bindings()
+	}
 	var out []nft.Binding
 	for _, a := range l.inv.attached {
 		out = append(out, bindings(a.Attachment)...)
