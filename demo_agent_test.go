@@ -14,6 +14,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/nftcni/nftcni/nft"
 	"github.com/nftcni/nftcni/policy"
 )
 
@@ -127,6 +128,15 @@ func testAgentRestart(t *testing.T) {
 	}
 	if err := n.close(); err != nil {
 		t.Error(err)
+	}
+	// Without the table the forbidden flow passes: what denied it above was the table.
+	if err := nft.Delete(t.Context(), nft.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	pair := n.php.families(n.redis)[0]
+	p := &probe{src: n.php, dst: n.redis, from: pair[0], to: pair[1], service: service{policy.TCP, 6379}}
+	if err := askAll(t.Context(), []*probe{p}, func(*probe) bool { return true }); err != nil || !p.answered {
+		t.Errorf("without the table: %s: answered %v, error %v, want an answer", p, p.answered, err)
 	}
 }
 

@@ -1,15 +1,22 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
+	"io"
 	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/k8s"
 	"github.com/nftcni/nftcni/policy"
@@ -137,8 +144,9 @@ func TestMatrixSeen(t *testing.T) {
 	}
 }
 
-// TestKernelDemo runs the whole demo as a user does.
-func TestKernelDemo(t *testing.T) {
+// startDemo starts the demo under the name that users start it by.
+func startDemo(t *testing.T, stdout, stderr io.Writer) *exec.Cmd {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -148,14 +156,106 @@ func TestKernelDemo(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), bin, "demo")
-	out, err := cmd.CombinedOutput()
-	if err != nil && strings.Contains(string(out), "restricts user namespaces") {
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}
+
+// TestKernelDemo runs the whole demo as a user does.
+func TestKernelDemo(t *testing.T) {
+	var out bytes.Buffer
+	err := startDemo(t, &out, &out).Wait()
+	if err != nil && strings.Contains(out.String(), "restricts user namespaces") {
 		t.Skip("user namespaces: this system does not let this user make one")
 	}
 	if err != nil {
-		t.Fatalf("nftcni demo: %v\n%s", err, out)
+		t.Fatalf("nftcni demo: %v\n%s", err, &out)
 	}
-	if !strings.Contains(string(out), "0 cells differ") || !strings.Contains(string(out), "All as expected") {
-		t.Errorf("unexpected output:\n%s", out)
+	if n := strings.Count(out.String(), "; 0 cells differ."); n != 3 || !strings.Contains(out.String(), "All as expected") {
+		t.Errorf("got %d matrices without difference, want 3:\n%s", n, &out)
 	}
+}
+
+// TestKernelDemoInterrupted ends the demo in the middle, in each way there is: every
+// process in its namespaces must be gone with it, and so the namespaces.
+func TestKernelDemoInterrupted(t *testing.T) {
+	for _, signal := range []unix.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGKILL} {
+		t.Run(unix.SignalName(signal), func(t *testing.T) {
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			cmd := startDemo(t, io.Discard, w)
+			w.Close()
+			lines := bufio.NewScanner(r)
+			var said []string
+			for lines.Scan() && !strings.HasPrefix(lines.Text(), "attaching") {
+				said = append(said, lines.Text())
+			}
+			if strings.Contains(strings.Join(said, " "), "restricts user namespaces") {
+				t.Skip("user namespaces: this system does not let this user make one")
+			}
+			inside := childNetNS(t, cmd.Process.Pid)
+			if len(processesIn(inside)) < 2 {
+				t.Fatalf("the agent does not run in the demo's namespace yet; it said %q", said)
+			}
+			if err := cmd.Process.Signal(signal); err != nil {
+				t.Fatal(err)
+			}
+			go io.Copy(io.Discard, r) // or what it still has to say would block it
+			if err := cmd.Wait(); err == nil {
+				t.Errorf("it ended with status 0, want a failure")
+			}
+			// The kernel kills orphans after their parent is gone, not before.
+			tick := time.NewTicker(5 * time.Millisecond)
+			defer tick.Stop()
+			for left := processesIn(inside); len(left) > 0; left = processesIn(inside) {
+				select {
+				case <-tick.C:
+				case <-time.After(30 * time.Second):
+					t.Fatalf("processes %v are left in the demo's namespace", left)
+				}
+			}
+		})
+	}
+}
+
+// childNetNS is the network namespace of the only child of a process.
+func childNetNS(t *testing.T, parent int) string {
+	t.Helper()
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, stat := range stats {
+		text, err := os.ReadFile(stat)
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		_, after, _ := strings.Cut(string(text), ") ") // proc(5): pid (comm) state ppid ...
+		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(parent) {
+			ns, err := os.Readlink(filepath.Join(filepath.Dir(stat), "ns/net"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return ns
+		}
+	}
+	t.Fatalf("process %d has no child", parent)
+	return ""
+}
+
+// processesIn lists the processes in a network namespace.
+func processesIn(ns string) []string {
+	var in []string
+	links, _ := filepath.Glob("/proc/[0-9]*/ns/net") // the pattern is well formed
+	for _, link := range links {
+		if got, err := os.Readlink(link); err == nil && got == ns {
+			in = append(in, link)
+		}
+	}
+	return in
 }
