@@ -212,10 +212,11 @@ func TestKernelDemoInterrupted(t *testing.T) {
 			// The kernel kills orphans after their parent is gone, not before.
 			tick := time.NewTicker(5 * time.Millisecond)
 			defer tick.Stop()
+			limit := time.After(30 * time.Second)
 			for left := processesIn(inside); len(left) > 0; left = processesIn(inside) {
 				select {
 				case <-tick.C:
-				case <-time.After(30 * time.Second):
+				case <-limit:
 					t.Fatalf("processes %v are left in the demo's namespace", left)
 				}
 			}
