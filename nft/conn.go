@@ -93,6 +93,9 @@ func (c *conn) commit(b *batch) error {
 	c.seq = b.seq
 	c.drain()
 	if err := unix.Sendto(c.fd, data, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		if errors.Is(err, unix.EMSGSIZE) {
+			return fmt.Errorf("send transaction of %d bytes: run as root, or raise net.core.wmem_max: %w", len(data), err)
+		}
 		return fmt.Errorf("send transaction of %d bytes: %w", len(data), err)
 	}
 	acked := false

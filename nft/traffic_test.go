@@ -230,6 +230,19 @@ func seconds(t *testing.T) time.Duration {
 	return time.Duration(s) * time.Second
 }
 
+// rate is how many packets a second each stream tries to send.
+func rate(t *testing.T) int {
+	v := os.Getenv("NFTCNI_FLIP_RATE")
+	if v == "" {
+		return 6000
+	}
+	n, err := strconv.Atoi(v)
+	if err != nil {
+		t.Fatalf("NFTCNI_FLIP_RATE: %v", err)
+	}
+	return n
+}
+
 // flipper repoints the profiles of two servers and the identities of two clients, everything under fresh numbers.
 // The first server allows nobody but the good client, the second everybody but the bad one: for it a miss opens.
 type flipper struct {
@@ -286,7 +299,7 @@ func underTraffic(t *testing.T, w *world, f *flipper, change func(n int) bool) (
 	}{{good, f.closed}, {bad, f.opened}} {
 		wg.Go(func() {
 			var err error
-			if sent[i], err = s.from.Flood(at(s.to, 80), 6000, stop); err != nil {
+			if sent[i], err = s.from.Flood(at(s.to, 80), rate(t), stop); err != nil {
 				t.Error(err)
 			}
 		})
