@@ -177,10 +177,7 @@ func (e *Engine) addPeer(a *atom, p Peer) {
 	}
 	a.pods = append(a.pods, p.Pods)
 	e.peerIndex.add(p.Pods, peerSelector{p.Pods, a})
-	visit := func(ns *namespace) {
-		if !ns.matches(p.Pods) {
-			return
-		}
+	e.eachNamespace(p.Pods, func(ns *namespace) {
 		for _, g := range ns.groups {
 			if !p.Pods.Pods.Matches(g.labels) {
 				continue
@@ -190,16 +187,7 @@ func (e *Engine) addPeer(a *atom, p Peer) {
 				e.touchGroup(g)
 			}
 		}
-	}
-	if p.Pods.Namespace != "" {
-		if ns := e.namespaces[p.Pods.Namespace]; ns != nil {
-			visit(ns)
-		}
-		return
-	}
-	for _, ns := range e.namespaces {
-		visit(ns)
-	}
+	})
 }
 
 // peerKey writes p so that equal text means the same peers.

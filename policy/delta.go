@@ -313,7 +313,7 @@ func (e *Engine) finish(settled bool, drops []Op) {
 			delete(e.addresses, r.addr)
 		}
 	}
-	clear(e.dirty)
+	e.dirty = emptied(e.dirty)
 	e.forgetSignatures()
 	e.freshAtoms, e.freshNames, e.freshProfiles, e.freshIdentities = nil, nil, nil, nil
 	e.newRows, e.looseIdentities = nil, nil
@@ -321,4 +321,13 @@ func (e *Engine) finish(settled bool, drops []Op) {
 	if settled {
 		e.retired = retiredNow
 	}
+}
+
+// emptied is m without entries; clearing a map costs what it once held.
+func emptied[K comparable, V any](m map[K]V) map[K]V {
+	if len(m) < 64 {
+		clear(m)
+		return m
+	}
+	return map[K]V{}
 }

@@ -17,6 +17,7 @@ type Engine struct {
 	namespaces map[string]*namespace
 	nodes      map[string]Node
 	policies   map[PolicyID]*selected
+	labelled   map[string]map[*namespace]struct{} // by key NUL value
 	groups     map[groupKey]*group
 	addresses  map[netip.Addr]*address
 	locals     map[*address]struct{} // owned by pods of this node
@@ -92,6 +93,7 @@ func NewEngine(node string) *Engine {
 		namespaces:     map[string]*namespace{},
 		nodes:          map[string]Node{},
 		policies:       map[PolicyID]*selected{},
+		labelled:       map[string]map[*namespace]struct{}{},
 		groups:         map[groupKey]*group{},
 		addresses:      map[netip.Addr]*address{},
 		locals:         map[*address]struct{}{},
@@ -300,7 +302,7 @@ func (e *Engine) takeNamespace(n *Namespace, remove bool) {
 	}
 	ns.exists = !remove
 	if labels != ns.labels {
-		ns.labels = labels
+		e.relabel(ns, labels)
 		for _, g := range ns.groups {
 			if atoms := e.match(g); !slices.Equal(atoms, g.atoms) {
 				g.atoms = atoms
@@ -363,23 +365,11 @@ func (e *Engine) part(p *Policy, d Direction, old *selected) *part {
 
 // reselect marks the local pods that s selects.
 func (e *Engine) reselect(s *PodSelector) {
-	visit := func(ns *namespace) {
-		if len(ns.local) == 0 || !ns.matches(s) {
-			return
-		}
+	e.eachNamespace(s, func(ns *namespace) {
 		for p := range ns.local {
 			if s.Pods.Matches(p.Labels) {
 				e.dirtyPods[p] = struct{}{}
 			}
 		}
-	}
-	if s.Namespace != "" {
-		if ns := e.namespaces[s.Namespace]; ns != nil {
-			visit(ns)
-		}
-		return
-	}
-	for _, ns := range e.namespaces {
-		visit(ns)
-	}
+	})
 }

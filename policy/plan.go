@@ -150,7 +150,7 @@ func (pl *plan) turnProfiles() {
 			}
 		}
 	}
-	clear(e.dirtyPods)
+	e.dirtyPods = emptied(e.dirtyPods)
 }
 
 func sortedAddresses(m map[*address]claim) []*address {

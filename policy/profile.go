@@ -183,5 +183,5 @@ func (e *Engine) releaseClasses(drop func(Key, uint32)) {
 		}
 	}
 	e.looseClasses = nil
-	clear(e.covered)
+	e.covered = emptied(e.covered)
 }

@@ -211,3 +211,46 @@ func (e *Engine) touchPod(p *pod) {
 		}
 	}
 }
+
+// relabel files ns under its new labels.
+func (e *Engine) relabel(ns *namespace, labels Labels) {
+	for k, v := range ns.labels.All() {
+		b := e.labelled[k+"\x00"+v]
+		delete(b, ns)
+		if len(b) == 0 {
+			delete(e.labelled, k+"\x00"+v)
+		}
+	}
+	ns.labels = labels
+	for k, v := range labels.All() {
+		key := k + "\x00" + v
+		if e.labelled[key] == nil {
+			e.labelled[key] = map[*namespace]struct{}{}
+		}
+		e.labelled[key][ns] = struct{}{}
+	}
+}
+
+// eachNamespace visits the namespaces that s selects, without a look at the others when
+// s names one or demands a value of a label.
+func (e *Engine) eachNamespace(s *PodSelector, visit func(*namespace)) {
+	if s.Namespace != "" {
+		if ns := e.namespaces[s.Namespace]; ns != nil {
+			visit(ns)
+		}
+		return
+	}
+	if k, v, ok := equality(s.Namespaces); ok {
+		for ns := range e.labelled[k+"\x00"+v] {
+			if ns.matches(s) {
+				visit(ns)
+			}
+		}
+		return
+	}
+	for _, ns := range e.namespaces {
+		if ns.matches(s) {
+			visit(ns)
+		}
+	}
+}
