@@ -15,6 +15,7 @@ bench_up() {
   if [ "${REUSE:-0}" = 1 ]; then # a cluster that KEEP=1 left
     KEEP=1 NFTCNI=/opt/cni/bin/nftcni
     trap 'rm -rf "$work"' EXIT
+    [ "$form" != install ] || upgrade
     return
   fi
   local made=() d
@@ -24,7 +25,7 @@ bench_up() {
   mkdir "$work/bin"
   # The runtime calls the plugin "loopback" for every pod, whatever the network is.
   cp "$BENCH_DIR/bin/cni/loopback" "$work/bin/"
-  build "$work/nftcni"
+  built
   export NFTCNI=$work/nftcni NFTCNI_MANIFEST=$PWD/deploy/nftcni.yaml PRIVATE_DIRS=$private_dirs FORM=$form STATIC_ROUTES=${STATIC_ROUTES:-1}
   export BENCH_CNI_BIN_DIR=$work/bin BENCH_CNI_HOOK=$PWD/scripts/cluster/node-hook BENCH_CNI_AGENT= BENCH_NO_WAIT=0 BENCH_IMAGES=
   case $form in
@@ -53,6 +54,21 @@ bench_down() {
   BENCH_KEEP_LOGS=${BENCH_KEEP_LOGS-} "$bench/down" >/dev/null 2>&1
   for d in "${bench_made[@]}"; do rmdir "$d" 2>/dev/null; done
   rm -rf "$work"
+}
+
+# built: the binary to test in $work; NFTCNI_BINARY is one that was built before
+built() { if [ -n "${NFTCNI_BINARY:-}" ]; then cp "$NFTCNI_BINARY" "$work/nftcni"; else build "$work/nftcni"; fi; }
+
+# upgrade: the binary of this tree on every node, and an agent of it
+upgrade() {
+  local n
+  built
+  for n in $(node_names); do
+    on "$n" "$work/nftcni" install --kubeconfig /etc/nftcni/kubeconfig >/dev/null
+    stop_agent "$n" TERM
+    start_agent "$n"
+    until on "$n" /opt/cni/bin/nftcni agent ready >/dev/null 2>&1; do sleep 0.2; done
+  done
 }
 
 k() { "$bench/kubectl" "$@"; }
