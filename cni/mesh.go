@@ -38,7 +38,7 @@ const (
 const (
 	DefaultVXLANPort     = 4793
 	DefaultVNI           = 157
-	DefaultWireGuardPort = 4794
+	DefaultWireGuardPort = 4794 // to 4797
 )
 
 // Metrics of the mesh's routes. Lower than what network daemons give their own, and
@@ -65,7 +65,7 @@ type MeshConfig struct {
 	Port          uint16   // UDP, default DefaultVXLANPort; the same on all nodes
 	Node          NodeAddress
 	Encrypt       MeshEncryption // default EncryptNone
-	WireGuardPort uint16         // UDP, default DefaultWireGuardPort; the same on all nodes
+	WireGuardPort uint16         // UDP, this and the next three, default DefaultWireGuardPort; the same on all nodes
 	// AllowPlaintext lets traffic to peers without a public key leave unencrypted while
 	// encryption is being switched on in a cluster. Without it their pods are unreachable.
 	AllowPlaintext bool
@@ -78,10 +78,11 @@ type MeshConfig struct {
 // Peer is a node as the mesh sees it. Order means nothing, except that the first address
 // of a family is used.
 type Peer struct {
-	Name      string         // of the Node object
-	Addrs     []netip.Addr   // status.addresses of type InternalIP
-	PodCIDRs  []netip.Prefix // spec.podCIDRs
-	PublicKey string         // base64 as wg(8) prints it, empty: not known
+	Name     string         // of the Node object
+	Addrs    []netip.Addr   // status.addresses of type InternalIP
+	PodCIDRs []netip.Prefix // spec.podCIDRs
+	// PublicKey is what Mesh.PublicKey of the peer returns, or one key in base64 as wg(8) prints it. Empty: not known.
+	PublicKey string
 }
 
 // Mesh keeps the routes, neighbours and tunnels between this node and its peers as they
@@ -93,6 +94,8 @@ type Mesh struct {
 	// tunnels are the indices of allMeshDevices, 0 where there is none. Run reads them for every event
 	// of the kernel, which must not wait for a pass.
 	tunnels [meshDeviceCount]atomic.Int32
+
+	rotated chan struct{} // wakes Run when a peer's keys or ours change
 
 	mu     sync.Mutex // guards what follows, and is held over a pass
 	self   Peer
@@ -112,7 +115,7 @@ func NewMesh(cfg MeshConfig) (*Mesh, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open netlink for the mesh: %w", err)
 	}
-	m := &Mesh{cfg: cfg, kernel: kernel}
+	m := &Mesh{cfg: cfg, kernel: kernel, rotated: make(chan struct{}, 1)}
 	if cfg.Encrypt == EncryptWireGuard {
 		if m.wg, err = openWireGuard(kernel, cfg); err != nil {
 			kernel.Close()
@@ -149,8 +152,10 @@ func (c *MeshConfig) complete() error {
 		return errors.New("mesh encrypt is wireguard and mode is none: encryption needs the routes that mode none leaves to others; use mode auto")
 	case c.VNI >= 1<<24:
 		return fmt.Errorf("mesh vni is %d: it takes 1 to 16777215", c.VNI)
-	case c.Port == c.WireGuardPort:
-		return fmt.Errorf("mesh port and wireguard port are both %d: they are both UDP, use two", c.Port)
+	case c.WireGuardPort > 65536-wireGuardDevices:
+		return fmt.Errorf("mesh wireguard port is %d: it takes 1 to %d, and the next three ports are used too", c.WireGuardPort, 65536-wireGuardDevices)
+	case c.Port >= c.WireGuardPort && c.Port < c.WireGuardPort+wireGuardDevices:
+		return fmt.Errorf("mesh port %d is one of the four wireguard ports from %d on: both are UDP, use another", c.Port, c.WireGuardPort)
 	case c.MTU != 0 && (c.MTU < 1280 || c.MTU > 65535):
 		return fmt.Errorf("mesh mtu is %d: it takes 0 or 1280 to 65535 (IPv6 needs 1280)", c.MTU)
 	}
@@ -223,14 +228,15 @@ func (m *Mesh) Report() Report {
 	return m.report
 }
 
-// PublicKey is this node's key for its Node object's annotation; empty without encryption.
+// PublicKey is for the annotation of this node's Node object; empty without encryption. While a key is being
+// rotated it holds two.
 func (m *Mesh) PublicKey() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.wg == nil {
 		return ""
 	}
-	return m.wg.key.PublicKey().String()
+	return m.wg.keys.public().String()
 }
 
 // Cleanup removes every route, neighbour and device that a Mesh made in this namespace, whatever

@@ -25,6 +25,12 @@ func (m *Mesh) pass(ctx context.Context) (Report, error) {
 	}
 	report.Writes, err = m.apply(ctx, view, want)
 	m.report = report
+	if report.Rotating > 0 && report.Writes > 0 {
+		select {
+		case m.rotated <- struct{}{}:
+		default:
+		}
+	}
 	return report, err
 }
 
@@ -60,14 +66,14 @@ func (m *Mesh) apply(ctx context.Context, view *meshView, want *meshState) (int,
 			w.device(name, t)
 		}
 	}
-	if m.wg != nil && want.tunnels[WireGuardDevice] != nil {
-		n, err := m.wg.apply(ctx, want.wgPeers)
+	if m.wg != nil {
+		n, err := m.wg.apply(ctx, view.wg, want.wgPeers)
 		w.writes += n
 		w.fail(err)
 	}
 	stale := map[string]tunnelEntries{}
 	for name, t := range want.tunnels {
-		if l, ok := view.links[name]; ok && name != WireGuardDevice {
+		if l, ok := view.links[name]; ok && !isWireGuardDevice(name) {
 			stale[name] = w.entries(l.Attrs().Index, t)
 		}
 	}
@@ -91,7 +97,7 @@ func (w *meshWriter) fail(err error) {
 // device makes or mends one tunnel device.
 func (w *meshWriter) device(name string, t *tunnel) {
 	l, exists := w.view.links[name]
-	if exists && name != WireGuardDevice && !w.cfg.sameVXLAN(l.Link, t) {
+	if exists && !isWireGuardDevice(name) && !w.cfg.sameVXLAN(l.Link, t) {
 		if !w.do("replace "+name, func() error { return w.kernel.LinkDel(l.Link) }) {
 			return
 		}
@@ -112,8 +118,9 @@ func (w *meshWriter) forget(name string) {
 
 func (w *meshWriter) create(name string, t *tunnel) bool {
 	ok := w.do("mesh", func() error {
-		if name == WireGuardDevice {
-			return createWireGuard(w.kernel)
+		if isWireGuardDevice(name) {
+			delete(w.view.wg, name)
+			return w.wg.create(w.kernel, name)
 		}
 		if err := w.kernel.LinkAdd(w.cfg.newVXLAN(name, t)); err != nil {
 			return w.cfg.vxlanError(name, err)
@@ -137,14 +144,14 @@ func (w *meshWriter) create(name string, t *tunnel) bool {
 func (w *meshWriter) mend(name string, t *tunnel) {
 	l := w.view.links[name]
 	a := l.Attrs()
-	if mac := vxlanMAC(t.local); name != WireGuardDevice && !slices.Equal(a.HardwareAddr, mac[:]) {
+	if mac := vxlanMAC(t.local); !isWireGuardDevice(name) && !slices.Equal(a.HardwareAddr, mac[:]) {
 		w.do("set address of "+name, func() error { return w.kernel.LinkSetHardwareAddr(l.Link, mac[:]) })
 	}
 	if t.mtu != 0 && a.MTU != t.mtu {
 		w.do(fmt.Sprintf("set MTU of %s to %d", name, t.mtu), func() error { return w.kernel.LinkSetMTU(l.Link, t.mtu) })
 	}
 	if a.RawFlags&unix.IFF_UP == 0 {
-		if name != WireGuardDevice { // no link-local address: nobody speaks to it, and it would only be announced
+		if !isWireGuardDevice(name) { // no link-local address: nobody speaks to it, and it would only be announced
 			w.fail(noLinkLocal(w.kernel, l.Link))
 		}
 		w.do("set "+name+" up", func() error { return w.kernel.LinkSetUp(l.Link) })

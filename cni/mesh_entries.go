@@ -96,7 +96,7 @@ func tunnelNeigh(index int, gateway netip.Addr, mac hwAddr) *netlink.Neigh {
 
 // routes writes what the main table lacks and removes what is the mesh's and not wanted.
 func (w *meshWriter) routes(want map[routeKey]meshRoute) {
-	have, err := w.readRoutes()
+	have, err := w.readRoutes(w.view)
 	if err != nil {
 		w.fail(err)
 		return
@@ -122,12 +122,12 @@ func (w *meshWriter) routes(want map[routeKey]meshRoute) {
 }
 
 // readRoutes finds the mesh's routes: ours by protocol, and not those to local pods by metric.
-func (w *meshWriter) readRoutes() (map[routeKey]meshRoute, error) {
+func (m *Mesh) readRoutes(v *meshView) (map[routeKey]meshRoute, error) {
 	have := map[routeKey]meshRoute{}
 	filter := &netlink.Route{Protocol: RouteProtocol, Table: unix.RT_TABLE_MAIN}
 	for _, fam := range []int{unix.AF_INET, unix.AF_INET6} {
 		list, err := again(func() ([]netlink.Route, error) {
-			return w.kernel.RouteListFiltered(fam, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+			return m.kernel.RouteListFiltered(fam, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
@@ -138,12 +138,12 @@ func (w *meshWriter) readRoutes() (map[routeKey]meshRoute, error) {
 			}
 			addr, _ := netip.AddrFromSlice(r.Dst.IP)
 			bits, _ := r.Dst.Mask.Size()
-			m := meshRoute{unreachable: r.Type == unix.RTN_UNREACHABLE}
-			if !m.unreachable {
-				m.link = w.view.names[r.LinkIndex]
-				m.gateway, m.src = optionalAddr(r.Gw), optionalAddr(r.Src)
+			found := meshRoute{unreachable: r.Type == unix.RTN_UNREACHABLE}
+			if !found.unreachable {
+				found.link = v.names[r.LinkIndex]
+				found.gateway, found.src = optionalAddr(r.Gw), optionalAddr(r.Src)
 			}
-			have[routeKey{netip.PrefixFrom(addr.Unmap(), bits), r.Priority}] = m
+			have[routeKey{netip.PrefixFrom(addr.Unmap(), bits), r.Priority}] = found
 		}
 	}
 	return have, nil

@@ -8,6 +8,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
 // A meshView is what the kernel says before a pass decides anything.
@@ -17,7 +18,10 @@ type meshView struct {
 	addrs []meshAddr     // of links that are neither ours nor a pod's
 	// path answers how this node reaches an address. It asks the kernel once per address and pass.
 	path func(netip.Addr) meshPath
-	key  wgKey // public, of this node; zero without encryption
+	// With encryption: this node's public keys, the devices as they are, and the routes in force.
+	keys   keyring
+	wg     map[string]*wgtypes.Device
+	routes map[routeKey]meshRoute
 }
 
 type meshLink struct {
@@ -79,10 +83,15 @@ func (m *Mesh) readLinks() (*meshView, error) {
 		}
 	}
 	v.path = m.pathCache(v)
-	if m.wg != nil {
-		v.key = m.wg.key.PublicKey()
+	if m.wg == nil {
+		return v, nil
 	}
-	return v, nil
+	v.keys = m.wg.keys.public()
+	if v.wg, err = m.wg.read(v); err != nil {
+		return nil, err
+	}
+	v.routes, err = m.readRoutes(v)
+	return v, err
 }
 
 // again repeats a dump that a concurrent change interrupted: half a list would make the

@@ -123,7 +123,7 @@ func (n *labNode) dump() string {
 	n.must(err)
 	w := &meshWriter{Mesh: n.mesh, ctx: n.t.Context(), view: v}
 	var list []string
-	routes, err := w.readRoutes()
+	routes, err := n.mesh.readRoutes(v)
 	n.must(err)
 	for k, r := range routes {
 		list = append(list, fmt.Sprintf("route %v %+v", k, r))

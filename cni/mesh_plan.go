@@ -6,8 +6,8 @@ import (
 
 // A meshState is everything the mesh wants the kernel to hold.
 type meshState struct {
-	tunnels map[string]*tunnel // by device
-	wgPeers map[wgKey]wgPeer
+	tunnels map[string]*tunnel          // by device
+	wgPeers map[string]map[wgKey]wgPeer // by device
 	routes  map[routeKey]meshRoute
 }
 
@@ -33,12 +33,13 @@ type meshPlan struct {
 	state meshState
 	rep   Report
 	owner map[netip.Prefix]string // pod networks to the node that has them
+	keyOf map[wgKey]string        // public keys to the node that has them
 }
 
 // planMesh decides what the kernel should hold for self and peers (in the order of their names).
 func (c *MeshConfig) planMesh(self Peer, peers []Peer, v *meshView) (*meshState, Report, error) {
-	p := &meshPlan{cfg: c, view: v, self: self, owner: map[netip.Prefix]string{},
-		state: meshState{tunnels: map[string]*tunnel{}, wgPeers: map[wgKey]wgPeer{}, routes: map[routeKey]meshRoute{}}}
+	p := &meshPlan{cfg: c, view: v, self: self, owner: map[netip.Prefix]string{}, keyOf: map[wgKey]string{},
+		state: meshState{tunnels: map[string]*tunnel{}, wgPeers: map[string]map[wgKey]wgPeer{}, routes: map[routeKey]meshRoute{}}}
 	var err error
 	if p.addrs, err = c.Node.own(self, v); err != nil {
 		return nil, p.rep, err
@@ -48,9 +49,6 @@ func (c *MeshConfig) planMesh(self Peer, peers []Peer, v *meshView) (*meshState,
 	p.claimOwn()
 	members := p.claim(peers)
 	if c.Mode != MeshNone {
-		if c.Encrypt == EncryptWireGuard {
-			p.device(WireGuardDevice, netip.Addr{})
-		}
 		for _, m := range members {
 			p.peer(m)
 		}
@@ -308,7 +306,7 @@ func (p *meshPlan) finishMTU(members []member) {
 		}
 		mtu := p.view.links[link].mtu
 		for name, t := range p.state.tunnels {
-			if t.mtu == 0 && (name == WireGuardDevice || t.local == p.addrs[i]) {
+			if t.mtu == 0 && (isWireGuardDevice(name) || t.local == p.addrs[i]) {
 				t.mtu = mtu - p.overhead(name, a)
 			}
 		}
@@ -324,7 +322,7 @@ func (p *meshPlan) finishMTU(members []member) {
 // overhead is that of a device, or of what every path of the configured mode has.
 func (p *meshPlan) overhead(device string, underlay netip.Addr) int {
 	switch {
-	case device == WireGuardDevice, device == "" && p.cfg.Encrypt == EncryptWireGuard:
+	case isWireGuardDevice(device), device == "" && p.cfg.Encrypt == EncryptWireGuard:
 		return wireGuardOverhead(underlay)
 	case device != "", p.cfg.Mode == MeshVXLAN:
 		return vxlanOverhead(underlay)

@@ -155,7 +155,7 @@ func TestMeshConfig(t *testing.T) {
 		{"encrypt", MeshConfig{Encrypt: "ipsec"}, "none or wireguard"},
 		{"encrypt without routes", MeshConfig{Mode: MeshNone, Encrypt: EncryptWireGuard}, "use mode auto"},
 		{"vni", MeshConfig{VNI: 1 << 24}, "1 to 16777215"},
-		{"ports", MeshConfig{Port: 4000, WireGuardPort: 4000}, "use two"},
+		{"ports", MeshConfig{Port: 4000, WireGuardPort: 3998}, "use another"},
 		{"mtu", MeshConfig{MTU: 500}, "1280"},
 		{"address", MeshConfig{Node: NodeAddress{Addrs: addrs("127.0.0.1")}}, "unicast address that other nodes can reach"},
 		{"two addresses", MeshConfig{Node: NodeAddress{Addrs: addrs("192.0.2.1", "192.0.2.2")}}, "at most one of each family"},

@@ -51,7 +51,9 @@ type Report struct {
 	Paths     []PeerPath    `json:"paths,omitempty"`
 	Problems  []MeshProblem `json:"problems,omitempty"`
 	MTU       int           `json:"mtu,omitempty"` // see Mesh.MTU
-	Writes    int           `json:"writes"`        // changes the pass made in the kernel
+	// Rotating counts the peers that are not yet reached with the newest keys of both sides.
+	Rotating int `json:"rotating,omitempty"`
+	Writes   int `json:"writes"` // changes the pass made in the kernel
 }
 
 func (r *Report) problem(peer, format string, args ...any) {

@@ -19,6 +19,9 @@ const (
 	meshPause = 50 * time.Millisecond
 	// meshRetry is after a pass that failed for a reason that may send no event.
 	meshRetry = 5 * time.Second
+	// WireGuard tells nobody about handshakes. While peers move to a new key the mesh looks after
+	// 100 ms, and then ever less often, as peers that are down may never move.
+	rotationPoll = 100 * time.Millisecond
 )
 
 // Run follows the kernel's links, addresses, routes, neighbours and forwarding entries, and repeats the last
@@ -73,6 +76,7 @@ func (m *Mesh) listen(ctx context.Context, conn *netlink.Conn, events chan<- str
 func (m *Mesh) follow(ctx context.Context, events <-chan struct{}, ended <-chan error, changed func(Report, error)) error {
 	retry := time.NewTimer(0) // what happened before the groups were joined
 	defer retry.Stop()
+	poll := rotationPoll
 	for {
 		select {
 		case <-ctx.Done():
@@ -80,10 +84,16 @@ func (m *Mesh) follow(ctx context.Context, events <-chan struct{}, ended <-chan 
 		case err := <-ended:
 			return orDefault(err, context.Canceled)
 		case <-events:
+			poll = rotationPoll
+		case <-m.rotated:
+			poll = rotationPoll
 		case <-retry.C:
 		}
 		if m.repeat(ctx, changed) != nil {
 			retry.Reset(meshRetry)
+		} else if m.Report().Rotating > 0 {
+			retry.Reset(poll)
+			poll = min(2*poll, meshRetry)
 		}
 		pause := time.NewTimer(meshPause)
 		select {
@@ -111,7 +121,7 @@ func (m *Mesh) repeat(ctx context.Context, changed func(Report, error)) error {
 }
 
 func sameReport(a, b Report) bool {
-	return a.MTU == b.MTU && slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.HostAddrs, b.HostAddrs) &&
+	return a.MTU == b.MTU && a.Rotating == b.Rotating && slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.HostAddrs, b.HostAddrs) &&
 		slices.Equal(a.Paths, b.Paths) && slices.Equal(a.Problems, b.Problems)
 }
 

@@ -14,14 +14,22 @@ import (
 // The mesh's devices. Their names do not begin with "nft": that prefix is of pods'
 // interfaces, and what comes from one that is not bound is dropped.
 const (
-	VXLANDevice4    = "vxnftcni4" // between IPv4 addresses of nodes
-	VXLANDevice6    = "vxnftcni6" // between IPv6 addresses of nodes
-	WireGuardDevice = "wgnftcni"
+	VXLANDevice4 = "vxnftcni4" // between IPv4 addresses of nodes
+	VXLANDevice6 = "vxnftcni6" // between IPv6 addresses of nodes
+	// WireGuardPrefix and a digit are the names of the WireGuard devices. There is one, and
+	// up to four while keys are being rotated (keyring).
+	WireGuardPrefix = "wgnftcni"
 
-	meshDeviceCount = 3
+	meshDeviceCount = 2 + wireGuardDevices
 )
 
-func allMeshDevices() []string { return []string{VXLANDevice4, VXLANDevice6, WireGuardDevice} }
+func allMeshDevices() []string {
+	list := []string{VXLANDevice4, VXLANDevice6}
+	for i := range wireGuardDevices {
+		list = append(list, wireGuardDevice(i))
+	}
+	return list
+}
 
 // hwAddr is a MAC address that compares.
 type hwAddr [6]byte

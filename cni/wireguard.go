@@ -4,11 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -19,50 +24,101 @@ import (
 
 type wgKey = wgtypes.Key
 
-// A wgPeer is one peer as the device should have it.
+// wireGuardDevices is one for each pair of parities of this node's and a peer's key.
+const wireGuardDevices = 4
+
+func wireGuardDevice(i int) string { return WireGuardPrefix + strconv.Itoa(i) }
+
+func isWireGuardDevice(name string) bool { return strings.HasPrefix(name, WireGuardPrefix) }
+
+// A wgPeer is one peer as a device should have it.
 type wgPeer struct {
-	endpoint netip.AddrPort
-	allowed  []netip.Prefix // exactly its pod networks
+	endpoint  netip.AddrPort
+	allowed   []netip.Prefix // exactly its pod networks
+	keepalive bool           // make a session although nothing is sent: the route is still on another device
 }
 
-// A wireGuard is the device's configuration interface and this node's key.
+// handshakeNow makes the kernel start a session at once, and again until there is one.
+const handshakeNow = time.Second
+
+func (p wgPeer) interval() time.Duration {
+	if p.keepalive {
+		return handshakeNow
+	}
+	return 0
+}
+
+// A wireGuard is the devices' configuration interface and this node's keys.
 type wireGuard struct {
 	client *wgctrl.Client
-	key    wgKey
+	keys   keyring // private
 	port   uint16
-	dir    string
+	ns     int
 	// told is the endpoint this process last gave a peer. The kernel replaces it by the address a peer's
 	// packets really come from, and that must not look like a difference.
-	told map[wgKey]netip.AddrPort
+	told map[string]map[wgKey]netip.AddrPort
 }
 
 func openWireGuard(kernel *netlink.Handle, cfg MeshConfig) (*wireGuard, error) {
-	key, err := loadPrivateKey(cfg.StateDir)
+	keys, err := loadPrivateKeys(cfg.StateDir)
 	if err != nil {
 		return nil, err
 	}
-	if err := createWireGuard(kernel); err != nil {
+	w := &wireGuard{keys: keys, port: cfg.WireGuardPort, ns: cfg.NetNS, told: map[string]map[wgKey]netip.AddrPort{}}
+	if err := w.probe(kernel); err != nil {
 		return nil, err
 	}
-	client, err := wgClient(cfg.NetNS)
-	if err != nil {
+	if w.client, err = wgClient(cfg.NetNS); err != nil {
 		return nil, fmt.Errorf("open the kernel's WireGuard interface: %w", err)
 	}
-	return &wireGuard{client: client, key: key, port: cfg.WireGuardPort, dir: cfg.StateDir, told: map[wgKey]netip.AddrPort{}}, nil
+	return w, nil
 }
 
-// createWireGuard makes the device if there is none: no question tells so surely whether the kernel can.
-func createWireGuard(kernel *netlink.Handle) error {
+// probe makes a device unless one is there: no question tells so surely whether the kernel can.
+func (w *wireGuard) probe(kernel *netlink.Handle) error {
+	for i := range wireGuardDevices {
+		if _, err := kernel.LinkByName(wireGuardDevice(i)); err == nil {
+			return nil
+		}
+	}
+	return w.create(kernel, wireGuardDevice(3*w.keys.newest))
+}
+
+func (w *wireGuard) create(kernel *netlink.Handle, name string) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = WireGuardDevice
+	attrs.Name = name
 	err := kernel.LinkAdd(&netlink.Wireguard{LinkAttrs: attrs})
 	switch {
-	case err == nil, errors.Is(err, unix.EEXIST):
+	case err == nil:
+		return w.looseReversePath(name)
+	case errors.Is(err, unix.EEXIST):
 		return nil
 	case errors.Is(err, unix.EOPNOTSUPP):
 		return fmt.Errorf("mesh encrypt is wireguard and kernel %s has no WireGuard: load the module wireguard (Linux 5.6 and newer, CONFIG_WIREGUARD), or set mesh encrypt to none: %w", kernelRelease(), err)
 	}
-	return fmt.Errorf("create %s: %w", WireGuardDevice, err)
+	return fmt.Errorf("create %s: %w", name, err)
+}
+
+// looseReversePath lets a peer send through one device while we still answer through another. Allowed IPs
+// check the source of every packet better than rp_filter does.
+func (w *wireGuard) looseReversePath(name string) error {
+	write := func() error {
+		err := os.WriteFile(filepath.Join("/proc/sys/net/ipv4/conf", name, "rp_filter"), []byte("2"), 0o644)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // no IPv4
+		}
+		return err
+	}
+	err := error(nil)
+	if w.ns == 0 {
+		err = write()
+	} else {
+		err = inNetNS(netns.NsHandle(w.ns), write)
+	}
+	if err != nil {
+		return fmt.Errorf("loosen rp_filter of %s: %w", name, err)
+	}
+	return nil
 }
 
 func kernelRelease() string {
@@ -88,91 +144,73 @@ func wgClient(ns int) (*wgctrl.Client, error) {
 
 func (w *wireGuard) close() { _ = w.client.Close() }
 
-// encrypted plans the networks of one peer for WireGuard. False: it has no key, and plaintext is allowed.
-func (p *meshPlan) encrypted(m member) bool {
-	key, err := wgtypes.ParseKey(m.PublicKey)
-	if _, taken := p.state.wgPeers[key]; err == nil && taken {
-		err = errors.New("another node has it")
-	}
-	if err == nil && (key == wgKey{} || key == p.view.key) {
-		err = errors.New("it is all zero, or this node's own")
-	}
-	endpoint, path, ok := p.endpoint(m)
-	switch {
-	case m.PublicKey == "" && p.cfg.AllowPlaintext:
-		return false
-	case m.PublicKey == "":
-		p.unreachable(m, "its public key is not known, and nothing leaves for it in the clear: see whether its agent runs with encryption")
-		return true
-	case err != nil:
-		p.unreachable(m, "its public key cannot be used (%v): its agent has to publish it again", err)
-		return true
-	case !ok:
-		p.unreachable(m, "no address family in common: it has %v, this node %v", m.addrs.list(), p.rep.Addrs)
-		return true
-	}
-	t := p.device(WireGuardDevice, netip.Addr{})
-	p.state.wgPeers[key] = wgPeer{endpoint, m.PodCIDRs}
-	for _, cidr := range m.PodCIDRs {
-		p.state.routes[routeKey{cidr, meshMetric}] = meshRoute{link: WireGuardDevice, src: p.host[familyIndex(cidr.Addr())]}
-		p.fence(cidr) // without the device nothing may take the default route in the clear
-		p.through(t, PeerPath{Peer: m.Name, PodCIDR: cidr, Via: ViaWireGuard, Address: endpoint.Addr()}, path, wireGuardOverhead(endpoint.Addr()))
-	}
-	return true
-}
-
-// endpoint is where a peer is sent to: over IPv4, which costs less, if both have it.
-func (p *meshPlan) endpoint(m member) (netip.AddrPort, meshPath, bool) {
-	for i := range p.addrs {
-		if p.addrs[i].IsValid() && m.addrs[i].IsValid() {
-			path := p.pathTo(m, m.addrs[i])
-			return netip.AddrPortFrom(m.addrs[i], p.cfg.WireGuardPort), path, !path.local
+// read asks for every device of ours that is there.
+func (w *wireGuard) read(v *meshView) (map[string]*wgtypes.Device, error) {
+	found := map[string]*wgtypes.Device{}
+	for i := range wireGuardDevices {
+		name := wireGuardDevice(i)
+		if _, ok := v.links[name]; !ok {
+			continue
+		}
+		d, err := w.client.Device(name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("read %s: %w", name, err)
+		}
+		if err == nil {
+			found[name] = d
 		}
 	}
-	return netip.AddrPort{}, meshPath{}, false
+	return found, nil
 }
 
-func (p *meshPlan) unreachable(m member, format string, args ...any) {
-	p.rep.problem(m.Name, format, args...)
-	for _, cidr := range m.PodCIDRs {
-		p.state.routes[routeKey{cidr, meshMetric}] = meshRoute{unreachable: true}
-		p.rep.Paths = append(p.rep.Paths, PeerPath{Peer: m.Name, PodCIDR: cidr, Via: ViaUnreachable})
+// apply gives the devices their keys, ports and the differences of their peers.
+func (w *wireGuard) apply(ctx context.Context, have map[string]*wgtypes.Device, want map[string]map[wgKey]wgPeer) (writes int, err error) {
+	var errs []error
+	for i := range wireGuardDevices {
+		name := wireGuardDevice(i)
+		if want[name] == nil {
+			delete(w.told, name)
+			continue
+		}
+		n, err := w.configure(ctx, i, have[name], want[name])
+		writes += n
+		errs = append(errs, err)
 	}
+	return writes, errors.Join(errs...)
 }
 
-// apply gives the device its key and port and the differences of its peers, in one message if they fit.
-func (w *wireGuard) apply(ctx context.Context, want map[wgKey]wgPeer) (writes int, err error) {
-	have, err := w.client.Device(WireGuardDevice)
-	if err != nil {
-		return 0, fmt.Errorf("read %s: %w", WireGuardDevice, err)
+func (w *wireGuard) configure(ctx context.Context, i int, have *wgtypes.Device, want map[wgKey]wgPeer) (writes int, err error) {
+	name := wireGuardDevice(i)
+	if have == nil {
+		have = &wgtypes.Device{}
 	}
 	var change wgtypes.Config
-	if have.PrivateKey != w.key {
-		change.PrivateKey = &w.key
+	if key := w.keys.key[i/2]; have.PrivateKey != key {
+		change.PrivateKey = &key
 		writes++
 	}
-	if port := int(w.port); have.ListenPort != port {
+	if port := int(w.port) + i; have.ListenPort != port {
 		change.ListenPort = &port
 		writes++
 	}
-	change.Peers = w.diff(have.Peers, want)
+	change.Peers = w.diff(name, have.Peers, want)
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
 	if writes += len(change.Peers); writes > 0 {
-		if err := w.client.ConfigureDevice(WireGuardDevice, change); err != nil {
-			return 0, fmt.Errorf("configure %s (UDP port %d): %w", WireGuardDevice, w.port, err)
+		if err := w.client.ConfigureDevice(name, change); err != nil {
+			return 0, fmt.Errorf("configure %s (UDP port %d): %w", name, int(w.port)+i, err)
 		}
 	}
-	w.told = make(map[wgKey]netip.AddrPort, len(want))
+	w.told[name] = make(map[wgKey]netip.AddrPort, len(want))
 	for key, p := range want {
-		w.told[key] = p.endpoint
+		w.told[name][key] = p.endpoint
 	}
 	return writes, nil
 }
 
 // diff lists removals first: an allowed network belongs to one peer, and moves to whom it was given last.
-func (w *wireGuard) diff(have []wgtypes.Peer, want map[wgKey]wgPeer) []wgtypes.PeerConfig {
+func (w *wireGuard) diff(name string, have []wgtypes.Peer, want map[wgKey]wgPeer) []wgtypes.PeerConfig {
 	var changes []wgtypes.PeerConfig
 	known := make(map[wgKey]wgtypes.Peer, len(have))
 	for _, p := range have {
@@ -183,10 +221,12 @@ func (w *wireGuard) diff(have []wgtypes.Peer, want map[wgKey]wgPeer) []wgtypes.P
 	}
 	for _, key := range slices.SortedFunc(maps.Keys(want), func(a, b wgKey) int { return slices.Compare(a[:], b[:]) }) {
 		p, exists := known[key]
-		if exists && sameNets(p.AllowedIPs, want[key].allowed) && w.hasEndpoint(p, want[key].endpoint) {
+		interval := want[key].interval()
+		if exists && sameNets(p.AllowedIPs, want[key].allowed) && w.hasEndpoint(name, p, want[key].endpoint) && p.PersistentKeepaliveInterval == interval {
 			continue
 		}
-		c := wgtypes.PeerConfig{PublicKey: key, ReplaceAllowedIPs: true, Endpoint: net.UDPAddrFromAddrPort(want[key].endpoint)}
+		c := wgtypes.PeerConfig{PublicKey: key, ReplaceAllowedIPs: true, PersistentKeepaliveInterval: &interval,
+			Endpoint: net.UDPAddrFromAddrPort(want[key].endpoint)}
 		for _, a := range want[key].allowed {
 			c.AllowedIPs = append(c.AllowedIPs, *ipNet(a))
 		}
@@ -195,12 +235,12 @@ func (w *wireGuard) diff(have []wgtypes.Peer, want map[wgKey]wgPeer) []wgtypes.P
 	return changes
 }
 
-func (w *wireGuard) hasEndpoint(p wgtypes.Peer, want netip.AddrPort) bool {
+func (w *wireGuard) hasEndpoint(name string, p wgtypes.Peer, want netip.AddrPort) bool {
 	if p.Endpoint == nil {
 		return false
 	}
 	have := p.Endpoint.AddrPort()
-	return w.told[p.PublicKey] == want || netip.AddrPortFrom(have.Addr().Unmap(), have.Port()) == want
+	return w.told[name][p.PublicKey] == want || netip.AddrPortFrom(have.Addr().Unmap(), have.Port()) == want
 }
 
 func sameNets(have []net.IPNet, want []netip.Prefix) bool {
@@ -216,8 +256,3 @@ func sameNets(have []net.IPNet, want []netip.Prefix) bool {
 	}
 	return true
 }
-
-// privateKeyFile is in the state directory, base64 like the files of wg(8).
-const privateKeyFile = "wireguard.key"
-
-func keyPath(dir string) string { return dir + string(os.PathSeparator) + privateKeyFile }

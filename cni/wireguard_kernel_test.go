@@ -3,11 +3,15 @@ package cni
 import (
 	"bytes"
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,7 +23,7 @@ func hasWireGuard(t *testing.T) bool {
 	t.Helper()
 	needNode(t)
 	n := newLabNS(t)
-	err := createWireGuard(n.h)
+	err := (&wireGuard{ns: int(n.fd)}).probe(n.h)
 	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 		t.Fatal(err)
 	}
@@ -134,7 +138,7 @@ func TestKernelWireGuardFailsClosed(t *testing.T) {
 	n, far := l.nodes[0], l.nodes[2]
 	stop := l.router.sniff()
 
-	n.must(n.h.LinkDel(n.link(WireGuardDevice)))
+	n.must(n.h.LinkDel(n.link(wireGuardDevice(0))))
 	if err := exchange(n.pod, far.pod, far.pods[0], n.pods[0]); err == nil {
 		t.Error("without the device the pod is reached")
 	}
@@ -175,42 +179,145 @@ func TestKernelWireGuardFailsClosed(t *testing.T) {
 	}
 }
 
+func (l *lab) publish() {
+	for i, n := range l.nodes {
+		for _, other := range l.nodes {
+			other.peers[i].PublicKey = n.mesh.PublicKey()
+		}
+	}
+}
+
+// Two nodes change their keys at the same time, one tells its peers late, and a stream of datagrams
+// between all pods loses none.
 func TestKernelWireGuardRotates(t *testing.T) {
 	needWireGuard(t)
-	l := newLab(t, dual, MeshConfig{Encrypt: EncryptWireGuard})
+	l := newLab(t, labShape{links: []int{1, 1, 2}, nodes4: true, pods4: true, pods6: true}, MeshConfig{Encrypt: EncryptWireGuard})
 	l.set()
 	l.talkAll()
-	n := l.nodes[1]
-	old := n.mesh.PublicKey()
-	key, err := n.mesh.RotateKey(t.Context())
-	if err != nil || key == old || key != n.mesh.PublicKey() {
-		t.Fatalf("RotateKey gives %q after %q, %v", key, old, err)
+	var reports []<-chan Report
+	for _, n := range l.nodes {
+		reports = append(reports, n.run())
 	}
-	for _, other := range l.nodes {
-		other.peers[1].PublicKey = key
+	stop := l.stream()
+	for round := range 3 {
+		for i := range l.nodes {
+			if i != round { // all but one
+				if _, err := l.nodes[i].mesh.RotateKey(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		l.publish()
+		for _, n := range l.nodes {
+			n.set()
+		}
+		for i, n := range l.nodes {
+			if n.mesh.Report().Rotating != 0 {
+				until(t, reports[i], "all peers have moved", func(Report) bool { return n.mesh.Report().Rotating == 0 })
+			}
+		}
+		for _, n := range l.nodes {
+			if _, err := n.mesh.RetireKey(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.publish()
+		for _, n := range l.nodes {
+			n.set()
+		}
 	}
-	l.set()
-	start := time.Now()
+	sent, lost := stop()
+	t.Logf("%d datagrams sent, %d lost", sent, lost)
+	if sent < 100 || lost != 0 {
+		t.Errorf("%d of %d datagrams were lost", lost, sent)
+	}
+	l.idle()
 	l.talkAll()
-	t.Logf("all pairs talk %v after the rotation", time.Since(start))
-	again, err := loadPrivateKey(n.state)
-	if err != nil || again.PublicKey().String() != key {
-		t.Errorf("the new key is not kept: %v", err)
+	for _, n := range l.nodes {
+		keys, err := loadPrivateKeys(n.state)
+		if err != nil || keys.public().String() != n.mesh.PublicKey() || len(keys.list()) != 1 {
+			t.Errorf("keys kept: %v, published %s, %v", len(keys.list()), n.mesh.PublicKey(), err)
+		}
 	}
-	d, err := l.nodes[0].mesh.wg.client.Device(WireGuardDevice)
-	n.must(err)
-	if len(d.Peers) != 2 {
-		t.Errorf("%d peers, want 2: the old key must be gone", len(d.Peers))
+}
+
+// stream sends datagrams from every pod to every other at a steady pace until stop, which counts those that did not arrive.
+func (l *lab) stream() (stop func() (sent, lost int)) {
+	var conns []net.PacketConn
+	var received atomic.Int64
+	var receivers sync.WaitGroup
+	for _, n := range l.nodes {
+		n.pod.do(func() error {
+			c, err := net.ListenPacket("udp", ":9")
+			conns = append(conns, c)
+			return err
+		})
 	}
+	for _, c := range conns {
+		receivers.Go(func() {
+			buf := make([]byte, 100)
+			for {
+				if _, _, err := c.ReadFrom(buf); err != nil {
+					return
+				}
+				received.Add(1)
+			}
+		})
+	}
+	quit, done := make(chan struct{}), make(chan int)
+	go func() {
+		total := 0
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-quit:
+				done <- total
+				return
+			case <-tick.C:
+				total += l.burst(conns)
+			}
+		}
+	}()
+	return func() (int, int) {
+		close(quit)
+		total := <-done
+		for limit := time.Now().Add(5 * time.Second); int(received.Load()) < total && time.Now().Before(limit); {
+			runtime.Gosched()
+		}
+		for _, c := range conns {
+			_ = c.Close()
+		}
+		receivers.Wait()
+		return total, total - int(received.Load())
+	}
+}
+
+// burst sends one datagram from every pod to every address of every other, and counts those the kernel took.
+func (l *lab) burst(conns []net.PacketConn) (sent int) {
+	for i, c := range conns {
+		for j, to := range l.nodes {
+			for _, addr := range to.pods {
+				if i == j {
+					continue
+				}
+				if _, err := c.WriteTo([]byte("x"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, 9))); err != nil {
+					l.t.Errorf("send to %s: %v", addr, err)
+				}
+				sent++
+			}
+		}
+	}
+	return sent
 }
 
 func TestPrivateKeyFile(t *testing.T) {
 	dir := t.TempDir()
-	first, err := loadPrivateKey(dir)
+	first, err := loadPrivateKeys(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := loadPrivateKey(dir); err != nil || again != first {
+	if again, err := loadPrivateKeys(dir); err != nil || again != first {
 		t.Errorf("read again: %v", err)
 	}
 	name := filepath.Join(dir, privateKeyFile)
@@ -230,8 +337,38 @@ func TestPrivateKeyFile(t *testing.T) {
 			if err := tt.spoil(); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := loadPrivateKey(dir); err == nil || !strings.Contains(err.Error(), tt.want) {
+			if _, err := loadPrivateKeys(dir); err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestKeyring(t *testing.T) {
+	a, b := testKey(1), testKey(2)
+	for _, tt := range []struct{ name, text, want, fault string }{
+		{"as wg prints it", a, "0:" + a, ""},
+		{"one", "1:" + a, "1:" + a, ""},
+		{"two, newest last", "1:" + a + " 0:" + b, "1:" + a + " 0:" + b, ""},
+		{"white space", " 0:" + a + "\n", "0:" + a, ""},
+		{"nothing", " ", "", "0 keys"},
+		{"three", a + " " + a + " " + a, "", "3 keys"},
+		{"one parity twice", "1:" + a + " 1:" + b, "", "two keys of parity 1"},
+		{"not base64", "0:???", "", "not 32 bytes"},
+		{"short", "0:AAAA", "", "not 32 bytes"},
+		{"zero", wgKey{}.String(), "", "all zero"},
+		{"another parity", "2:" + a, "", "not 32 bytes"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			k, err := parseKeyring(tt.text)
+			if tt.fault != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.fault) {
+					t.Fatalf("got %v, want %q", err, tt.fault)
+				}
+				return
+			}
+			if err != nil || k.String() != tt.want {
+				t.Errorf("got %q, %v; want %q", k, err, tt.want)
 			}
 		})
 	}
@@ -253,7 +390,7 @@ func TestPlanWireGuard(t *testing.T) {
 		{"no key", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", "")}, "unreachable", "not known"},
 		{"damaged key", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", "AAAA")}, "unreachable", "cannot be used"},
 		{"our own key", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", b)}, "unreachable", "this node's own"},
-		{"one key twice", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", a), peer("n3", "192.0.2.3", "10.244.3.0/24", a)}, "wireguard unreachable", "another node has it"},
+		{"one key twice", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", a), peer("n3", "192.0.2.3", "10.244.3.0/24", a)}, "wireguard unreachable", "belongs to node n2 already"},
 		{"no common family", []Peer{peer("n2", "2001:db8::2", "10.244.2.0/24", a)}, "unreachable", "no address family"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -262,7 +399,7 @@ func TestPlanWireGuard(t *testing.T) {
 				t.Fatal(err)
 			}
 			v := testView()
-			v.key = wgKeyOf(t, b)
+			v.keys.key[0] = wgKeyOf(t, b)
 			state, r, err := cfg.planMesh(self, tt.peers, v)
 			if err != nil {
 				t.Fatal(err)
