@@ -133,6 +133,7 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 	}
 	watches := newObservers(l, o.Log, o.Version)
 	srv.mux.HandleFunc("GET "+PathFlows, watches.flows.flows)
+	srv.mux.HandleFunc("GET "+PathEnforced, l.serveEnforced)
 	start("loop", func() error { return l.run(ctx) })
 	if err := watches.start(ctx, o.Config, start); err != nil {
 		cancel(err)

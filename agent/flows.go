@@ -15,7 +15,7 @@ import (
 
 // PathFlows answers GET with Flows: the connections after the sequence number in the query
 // parameter after, at most limit (default 1000) and the newest. With wait=1 it waits, at
-// most 20 s, until there is one.
+// most 5 s, until there is one.
 const PathFlows = "/v1/flows"
 
 // flowRing is how many connections the agent remembers.
@@ -253,7 +253,7 @@ func (w *flowWatch) flows(rw http.ResponseWriter, r *http.Request) {
 	if err != nil || limit < 1 || limit > flowRing {
 		limit = 1000
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
 	defer cancel()
 	raw, out, changed := w.log.since(after, limit)
 	for len(raw) == 0 && q.Get("wait") == "1" && ctx.Err() == nil {

@@ -53,7 +53,9 @@ func NewCommand() *cobra.Command {
 	f.StringVarP(&s.format, "output", "o", "table", "table, json or yaml")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]cobra.Completion{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.AddCommand(s.statusCommand(), s.podsCommand(), s.policiesCommand(), s.ipamCommand(), s.whyCommand(),
-		s.matrixCommand(), s.graphCommand(), s.impactCommand())
+		s.matrixCommand(), s.graphCommand(), s.impactCommand(),
+		s.traceCommand(), s.captureCommand(), s.flowsCommand(), s.dropsCommand(),
+		s.waitCommand(), s.verifyCommand())
 	return cmd
 }
 

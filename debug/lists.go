@@ -3,6 +3,7 @@ package debug
 import (
 	"fmt"
 	"io"
+	"net/netip"
 	"strconv"
 	"strings"
 	"time"
@@ -13,45 +14,16 @@ import (
 	"github.com/nftcni/nftcni/policy"
 )
 
-func (s *session) statusCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:     "status",
-		Short:   "Show whether this node enforces, what it holds, and the last change",
-		Example: "  nftcni debug status\n  nftcni debug status -o json | jq .lastCommit",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			var st agent.Status
-			if err := s.get(cmd.Context(), agent.PathStatus, &st); err != nil {
-				return err
-			}
-			return s.print(cmd, st, func(w io.Writer) error { return writeStatus(w, st) })
-		},
-	}
-}
-
-func writeStatus(w io.Writer, st agent.Status) error {
-	t := &table{header: []string{"NODE", st.Node}}
-	ready := "yes"
-	if !st.Ready {
-		ready = "no: " + st.Reason
-	}
-	t.add("ready", ready)
-	t.add("network", string(st.Network))
-	t.add("generation", strconv.FormatUint(uint64(st.Generation), 10))
-	t.add("objects", fmt.Sprintf("%d namespaces, %d pods, %d policies, %d nodes", st.Namespaces, st.Pods, st.Policies, st.Nodes))
-	t.add("attachments", fmt.Sprintf("%d, %d waiting for their pod", st.Attachments, st.Waiting))
-	t.add("pod networks", join(st.PodNetworks))
-	if c := st.LastCommit; c != nil {
-		t.add("last change", fmt.Sprintf("%s: %d events, %d elements in %d transactions, %d us (kernel %d us)",
-			c.At.Format(time.RFC3339), c.Events, c.Elements, c.Transactions, c.Micros, c.KernelMicros))
-		if c.Error != "" {
-			t.add("last error", c.Error)
-		}
-	}
-	for _, p := range st.Problems {
-		t.add("problem", p.String())
-	}
-	return t.write(w)
+// PodRow is one pod as policy sees it.
+type PodRow struct {
+	Namespace  string            `json:"namespace"`
+	Name       string            `json:"name"`
+	Node       string            `json:"node,omitempty"`
+	Local      bool              `json:"local"`
+	Addresses  []netip.Addr      `json:"addresses"`
+	Interfaces []string          `json:"interfaces,omitempty"` // host side
+	Labels     map[string]string `json:"labels"`
+	Note       string            `json:"note,omitempty"`
 }
 
 func (s *session) podsCommand() *cobra.Command {
@@ -66,22 +38,38 @@ func (s *session) podsCommand() *cobra.Command {
 			if err := s.get(cmd.Context(), agent.PathPods, &pods); err != nil {
 				return err
 			}
-			t := &table{header: []string{"NAMESPACE", "POD", "ADDRESSES", "INTERFACE", "LABELS", "NOTE"}}
-			shown := []agent.Pod{}
-			for _, p := range pods {
-				if !p.Local && !all {
-					continue
-				}
-				shown = append(shown, p)
-				t.add(p.Namespace, p.Pod.Name.Name, join(p.Addrs), orDash(strings.Join(p.Interfaces, ",")), orDash(p.Labels.String()), note(p.Pod))
-			}
-			return s.print(cmd, shown, t.write)
+			rows := podRows(pods, all)
+			return s.print(cmd, rows, func(w io.Writer) error { return writePods(w, rows) })
 		},
 	}
 	cmd.Flags().BoolVarP(&all, "all", "A", false, "pods of other nodes too")
 	return cmd
 }
 
+func podRows(pods []agent.Pod, all bool) []PodRow {
+	rows := []PodRow{}
+	for _, p := range pods {
+		if p.Local || all {
+			rows = append(rows, PodRow{Namespace: p.Namespace, Name: p.Pod.Name.Name, Node: p.Node, Local: p.Local,
+				Addresses: p.Addrs, Interfaces: p.Interfaces, Labels: p.Labels.Map(), Note: note(p.Pod)})
+		}
+	}
+	return rows
+}
+
+func writePods(w io.Writer, rows []PodRow) error {
+	if len(rows) == 0 {
+		_, err := fmt.Fprintln(w, "This node has no pods (--all lists those of other nodes).")
+		return err
+	}
+	t := &table{header: []string{"NAMESPACE", "POD", "ADDRESSES", "INTERFACE", "LABELS", "NOTE"}}
+	for _, r := range rows {
+		t.add(r.Namespace, r.Name, join(r.Addresses), orDash(strings.Join(r.Interfaces, ",")), orDash(policy.MakeLabels(r.Labels).String()), orDash(r.Note))
+	}
+	return t.write(w)
+}
+
+// note says why a pod is not judged by its address, "" when it is.
 func note(p policy.Pod) string {
 	switch {
 	case p.Finished:
@@ -91,47 +79,69 @@ func note(p policy.Pod) string {
 	case len(p.Addrs) == 0:
 		return "no address yet"
 	}
-	return "-"
+	return ""
+}
+
+// PolicyRow is one policy and when the kernel took it.
+type PolicyRow struct {
+	Namespace    string    `json:"namespace,omitempty"`
+	Name         string    `json:"name"`
+	Kind         string    `json:"kind"`
+	Directions   []string  `json:"directions"`
+	IngressRules int       `json:"ingressRules"`
+	EgressRules  int       `json:"egressRules"`
+	LocalPods    int       `json:"localPods"`
+	Generation   int64     `json:"generation"`          // in force
+	EnforcedAt   time.Time `json:"enforcedAt,omitzero"` // zero: not in force
+	Micros       int64     `json:"micros"`              // from the event to the kernel's acknowledgement
 }
 
 func (s *session) policiesCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "policies",
 		Short:   "List the policies with what they select here and when the kernel took them",
-		Example: "  nftcni debug policies",
+		Example: "  nftcni debug policies\n  nftcni debug policies -o json | jq '.[] | select(.localPods == 0)'",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var list []agent.Policy
 			if err := s.get(cmd.Context(), agent.PathPolicies, &list); err != nil {
 				return err
 			}
-			t := &table{header: []string{"NAMESPACE", "POLICY", "KIND", "DIRECTIONS", "RULES", "LOCAL PODS", "ENFORCED", "TOOK"}}
-			for _, p := range list {
-				t.add(orDash(p.ID.Namespace), p.ID.Name.Name, p.ID.Kind, directions(p.Policy),
-					fmt.Sprintf("%d in, %d out", len(p.Rules[policy.Ingress]), len(p.Rules[policy.Egress])),
-					strconv.Itoa(p.LocalPods), enforced(p), strconv.FormatInt(p.Micros, 10)+" us")
-			}
-			if list == nil {
-				list = []agent.Policy{}
-			}
-			return s.print(cmd, list, t.write)
+			rows := policyRows(list)
+			return s.print(cmd, rows, func(w io.Writer) error { return writePolicies(w, rows) })
 		},
 	}
 }
 
-func directions(p policy.Policy) string {
-	var out []string
-	for _, d := range policy.Directions {
-		if p.Applies[d] {
-			out = append(out, d.String())
+func policyRows(list []agent.Policy) []PolicyRow {
+	rows := []PolicyRow{}
+	for _, p := range list {
+		r := PolicyRow{Namespace: p.ID.Namespace, Name: p.ID.Name.Name, Kind: p.ID.Kind, Directions: []string{}, LocalPods: p.LocalPods,
+			IngressRules: len(p.Rules[policy.Ingress]), EgressRules: len(p.Rules[policy.Egress]),
+			Generation: p.EnforcedGeneration, EnforcedAt: p.EnforcedAt, Micros: p.Micros}
+		for _, d := range policy.Directions {
+			if p.Applies[d] {
+				r.Directions = append(r.Directions, d.String())
+			}
 		}
+		rows = append(rows, r)
 	}
-	return orDash(strings.Join(out, ","))
+	return rows
 }
 
-func enforced(p agent.Policy) string {
-	if p.EnforcedAt.IsZero() {
-		return "no"
+func writePolicies(w io.Writer, rows []PolicyRow) error {
+	if len(rows) == 0 {
+		_, err := fmt.Fprintln(w, "There are no policies: everything is allowed.")
+		return err
 	}
-	return p.EnforcedAt.Format(time.RFC3339)
+	t := &table{header: []string{"NAMESPACE", "POLICY", "DIRECTIONS", "RULES", "LOCAL PODS", "GENERATION", "ENFORCED", "TOOK"}}
+	for _, r := range rows {
+		enforced, took := "no", "-"
+		if !r.EnforcedAt.IsZero() {
+			enforced, took = r.EnforcedAt.UTC().Format(time.RFC3339), strconv.FormatInt(r.Micros, 10)+" us"
+		}
+		t.add(orDash(r.Namespace), r.Name, orDash(strings.Join(r.Directions, ",")), fmt.Sprintf("%d in, %d out", r.IngressRules, r.EgressRules),
+			strconv.Itoa(r.LocalPods), strconv.FormatInt(r.Generation, 10), enforced, took)
+	}
+	return t.write(w)
 }

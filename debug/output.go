@@ -91,3 +91,17 @@ func (f FlowView) service() string {
 	}
 	return f.Protocol
 }
+
+// printStream prints one of many values: a line of JSON, or a YAML document.
+func (s *session) printStream(cmd *cobra.Command, v any) error {
+	w := cmd.OutOrStdout()
+	switch s.format {
+	case "json":
+		return json.NewEncoder(w).Encode(v)
+	case "yaml":
+		if _, err := io.WriteString(w, "---\n"); err != nil {
+			return err
+		}
+	}
+	return s.print(cmd, v, nil)
+}

@@ -43,7 +43,9 @@ type FlowView struct {
 	Port     uint16     `json:"port,omitempty"`
 }
 
-func flowView(f policy.Flow) FlowView { return FlowView{f.Src, f.Dst, protocolName(f.Protocol), f.Port} }
+func flowView(f policy.Flow) FlowView {
+	return FlowView{f.Src, f.Dst, protocolName(f.Protocol), f.Port}
+}
 
 // Side is one direction of an Answer.
 type Side struct {

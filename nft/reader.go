@@ -437,3 +437,23 @@ func (r *Reader) Epoch(ctx context.Context) (uint32, error) {
 	}
 	return 0, errors.New("map stamp is empty: the table is not whole")
 }
+
+// Tables reads every element that policy owns.
+func (r *Reader) Tables(ctx context.Context) (policy.Tables, error) {
+	out := policy.Tables{}
+	for _, m := range elementMaps() {
+		for _, set := range setsOf(m) {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+			elements, err := r.dump(set)
+			if err != nil {
+				return nil, err
+			}
+			if err := addElements(out, m, elements); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,254 @@
+package debug
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nftcni/nftcni/agent"
+	"github.com/nftcni/nftcni/nft"
+	"github.com/nftcni/nftcni/policy"
+)
+
+type flowFlags struct {
+	follow, denied, allowed bool
+	pod                     string
+	last                    int
+}
+
+func (s *session) flowsCommand() *cobra.Command {
+	var fl flowFlags
+	cmd := &cobra.Command{
+		Use:   "flows",
+		Short: "List new connections with the pods at both ends, verdict and policy",
+		Long: "List new connections with the pods at both ends, the verdict, and the policy that\n" +
+			"decides. The agent remembers the last 8,192. Denied packets are listed at most 10 a second\n" +
+			"for each set of policies (nftcni debug drops counts all); allowed connections are\n" +
+			"sampled above 1,000 a second, and a note says so.",
+		Example: "  nftcni debug flows\n  nftcni debug flows -f --denied\n  nftcni debug flows --pod shop/web --last 20\n  nftcni debug flows -f -o json | jq .policy",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if fl.denied && fl.allowed {
+				return fmt.Errorf("flags --denied and --allowed exclude each other; without either both are listed")
+			}
+			return s.flows(cmd, fl)
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&fl.follow, "follow", "f", false, "go on with new connections until interrupted")
+	f.BoolVar(&fl.denied, "denied", false, "only denied ones")
+	f.BoolVar(&fl.allowed, "allowed", false, "only allowed ones")
+	f.StringVar(&fl.pod, "pod", "", "only those of this pod (namespace/name, or name)")
+	f.IntVar(&fl.last, "last", 100, "how many past ones")
+	_ = cmd.RegisterFlagCompletionFunc("pod", s.completePods(1))
+	return cmd
+}
+
+func (s *session) flows(cmd *cobra.Command, fl flowFlags) error {
+	var got agent.Flows
+	if err := s.get(cmd.Context(), agent.PathFlows+"?limit=8192", &got); err != nil {
+		return err
+	}
+	list := fl.keep(got.Flows)
+	list = list[max(0, len(list)-fl.last):]
+	notice := noticeTo(cmd)
+	tellSampling(notice, got, 1)
+	if !fl.follow {
+		return s.print(cmd, list, func(w io.Writer) error { return writeFlows(w, list, true) })
+	}
+	header := true
+	oneIn := got.SampledOneIn
+	for {
+		if err := s.printFlows(cmd, list, header); err != nil {
+			return err
+		}
+		header = header && len(list) == 0
+		q := url.Values{"after": {strconv.FormatUint(got.Next, 10)}, "limit": {"8192"}, "wait": {"1"}}
+		got = agent.Flows{}
+		err := s.get(cmd.Context(), agent.PathFlows+"?"+q.Encode(), &got)
+		if cmd.Context().Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		tellSampling(notice, got, oneIn)
+		oneIn = got.SampledOneIn
+		list = fl.keep(got.Flows)
+	}
+}
+
+func tellSampling(notice func(string), got agent.Flows, before uint32) {
+	if got.SampledOneIn != before {
+		if got.SampledOneIn > 1 {
+			notice(fmt.Sprintf("too many new connections to list all: one in %d is", got.SampledOneIn))
+		} else {
+			notice("all new connections are listed again")
+		}
+	}
+	if got.Missed > 0 {
+		notice(fmt.Sprintf("%d connections came too fast to be shown", got.Missed))
+	}
+}
+
+func (fl flowFlags) keep(list []agent.Flow) []agent.Flow {
+	out := []agent.Flow{}
+	for _, f := range list {
+		ofPod := fl.pod == "" || samePod(f.SrcPod, fl.pod) || samePod(f.DstPod, fl.pod)
+		if ofPod && !(fl.denied && f.Verdict != "denied") && !(fl.allowed && f.Verdict != "allowed") {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+// samePod compares namespace/name with that or with a name alone.
+func samePod(pod, asked string) bool {
+	return pod == asked || len(pod) > len(asked) && pod[len(pod)-len(asked)-1:] == "/"+asked
+}
+
+func (s *session) printFlows(cmd *cobra.Command, list []agent.Flow, header bool) error {
+	if s.format == "table" {
+		if len(list) == 0 {
+			return nil
+		}
+		return writeFlows(cmd.OutOrStdout(), list, header)
+	}
+	for _, f := range list {
+		if err := s.printStream(cmd, f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeFlows(w io.Writer, list []agent.Flow, header bool) error {
+	t := &table{header: []string{"TIME", "VERDICT", "FROM", "TO", "SERVICE", "POLICY"}}
+	if !header {
+		t.header = make([]string, len(t.header))
+	}
+	for _, f := range list {
+		t.add(f.At.UTC().Format("15:04:05.000"), f.Verdict, cmp.Or(f.SrcPod, f.Src.Addr().String()), cmp.Or(f.DstPod, f.Dst.Addr().String()),
+			FlowView{Protocol: f.Protocol, Port: f.Dst.Port()}.service(), orDash(f.Policy))
+	}
+	if len(list) == 0 {
+		_, err := fmt.Fprintln(w, "No connection has been seen.")
+		return err
+	}
+	return t.write(w)
+}
+
+// Drop is what one pair of addresses was refused since the agent's table was made, or
+// since the entry expired (an hour without a packet).
+type Drop struct {
+	Direction string     `json:"direction"` // whose policy: egress of Src or ingress of Dst
+	Policies  string     `json:"policies"`  // that isolate the pod, or the rule that denies
+	Src       string     `json:"src"`
+	Dst       string     `json:"dst"`
+	SrcAddr   netip.Addr `json:"srcAddress"`
+	DstAddr   netip.Addr `json:"dstAddress"`
+	Packets   uint64     `json:"packets"`
+	Bytes     uint64     `json:"bytes"`
+}
+
+type drops struct {
+	Counters []Drop       `json:"counters"`
+	Last     []agent.Flow `json:"last"`
+}
+
+func (s *session) dropsCommand() *cobra.Command {
+	var last int
+	cmd := &cobra.Command{
+		Use:   "drops",
+		Short: "Count what policy denied, by policies and pods, and list the last denials",
+		Long: "Count what policy denied, by policies and pods, and list the last denials. The counters\n" +
+			"are the kernel's and count every packet; an entry expires after an hour without one.",
+		Example: "  nftcni debug drops\n  nftcni debug drops --last 10 -o json",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			d, err := s.drops(cmd.Context(), last, noticeTo(cmd))
+			if err != nil {
+				return err
+			}
+			return s.print(cmd, d, d.write)
+		},
+	}
+	cmd.Flags().IntVar(&last, "last", 100, "how many of the last denials")
+	return cmd
+}
+
+func (s *session) drops(ctx context.Context, last int, notice func(string)) (drops, error) {
+	d := drops{Counters: []Drop{}, Last: []agent.Flow{}}
+	snap, err := s.snapshot(ctx, notice)
+	if err != nil {
+		return d, err
+	}
+	r, err := nft.NewReader(ctx, nft.Options{})
+	if err != nil {
+		return d, fmt.Errorf("read the kernel's table: %w", err)
+	}
+	defer func() { _ = r.Close() }()
+	denials, err := r.Denials(ctx)
+	if err != nil {
+		return d, err
+	}
+	n := newNames(snap)
+	for _, x := range denials {
+		d.Counters = append(d.Counters, n.drop(x))
+	}
+	slices.SortFunc(d.Counters, func(a, b Drop) int {
+		return cmp.Or(cmp.Compare(b.Packets, a.Packets), cmp.Compare(a.Src, b.Src), cmp.Compare(a.Dst, b.Dst), a.SrcAddr.Compare(b.SrcAddr))
+	})
+	var got agent.Flows
+	if s.get(ctx, agent.PathFlows+"?limit=8192", &got) == nil { // without the agent there are the counters
+		list := flowFlags{denied: true}.keep(got.Flows)
+		d.Last = list[max(0, len(list)-last):]
+	}
+	return d, nil
+}
+
+func (n names) drop(x nft.Denial) Drop {
+	dir := x.Direction()
+	v := n.oracle.Evaluate(policy.Flow{Src: x.Src, Dst: x.Dst})
+	decision := v.Ingress
+	if dir == policy.Egress {
+		decision = v.Egress
+	}
+	return Drop{Direction: dir.String(), Policies: policiesOf(decision), Src: n.of(x.Src), Dst: n.of(x.Dst),
+		SrcAddr: x.Src, DstAddr: x.Dst, Packets: x.Packets, Bytes: x.Bytes}
+}
+
+// policiesOf names what denies by a decision: "" where nothing does any more.
+func policiesOf(d policy.Decision) string {
+	switch d.Reason {
+	case policy.Isolated:
+		return join(d.Isolating)
+	case policy.RuleMatched:
+		return d.Policy.String()
+	}
+	return "(none now: the policy has changed)"
+}
+
+func (d drops) write(w io.Writer) error {
+	t := &table{header: []string{"PACKETS", "BYTES", "FROM", "TO", "BY", "POLICIES"}}
+	for _, x := range d.Counters {
+		t.add(strconv.FormatUint(x.Packets, 10), strconv.FormatUint(x.Bytes, 10), x.Src, x.Dst, x.Direction, x.Policies)
+	}
+	if len(t.rows) == 0 {
+		fmt.Fprintln(w, "Nothing has been denied.")
+	} else if err := t.write(w); err != nil {
+		return err
+	}
+	if len(d.Last) == 0 {
+		return nil
+	}
+	fmt.Fprintf(w, "\nThe last %s (sampled):\n", plural(len(d.Last), "denial"))
+	return writeFlows(w, d.Last, true)
+}

@@ -1,0 +1,168 @@
+package debug
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nftcni/nftcni/agent"
+	"github.com/nftcni/nftcni/nft"
+	"github.com/nftcni/nftcni/policy"
+)
+
+// Verification is what debug verify found.
+type Verification struct {
+	Elements int `json:"elements"` // read back from the kernel
+	Want     int `json:"want"`     // of a compilation from scratch
+	// Equal: both tables are the same up to renaming numbers and to what nothing needs.
+	Equal      bool     `json:"equal"`
+	Flows      int      `json:"flows"` // probed
+	Wrong      []string `json:"wrong,omitempty"`
+	WrongCount int      `json:"wrongCount"`
+	Seed       uint64   `json:"seed"`
+	Millis     int64    `json:"millis"`
+}
+
+func (s *session) verifyCommand() *cobra.Command {
+	var flows int
+	var seed uint64
+	cmd := &cobra.Command{
+		Use:   "verify",
+		Short: "Compare the kernel's table with what it should be",
+		Long: "Read the kernel's table back, compare it with a compilation from scratch, and probe it with\n" +
+			"random flows of the pods, policies' addresses and ports against the oracle.\n\n" +
+			"Exit status 2: a flow is decided otherwise than policy says.",
+		Example: "  nftcni debug verify\n  nftcni debug verify --flows 100000 --seed 7",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if seed == 0 {
+				seed = rand.Uint64()
+			}
+			v, err := s.verify(cmd.Context(), flows, seed, noticeTo(cmd))
+			if err != nil {
+				return err
+			}
+			if err := s.print(cmd, v, v.write); err != nil {
+				return err
+			}
+			if v.WrongCount > 0 {
+				return &ExitError{Status: ExitDisagree, Err: fmt.Errorf("%d of %s decided otherwise than policy says", v.WrongCount, plural(v.Flows, "flow"))}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().IntVar(&flows, "flows", 0, "how many random flows; 0: as many as a tenth of a second takes")
+	cmd.Flags().Uint64Var(&seed, "seed", 0, "of the random flows, to repeat a run; 0: a new one")
+	return cmd
+}
+
+func (s *session) verify(ctx context.Context, flows int, seed uint64, notice func(string)) (Verification, error) {
+	began := time.Now()
+	v := Verification{Seed: seed}
+	snap, err := s.snapshot(ctx, notice)
+	if err != nil {
+		return v, err
+	}
+	r, err := nft.NewReader(ctx, nft.Options{})
+	if err != nil {
+		return v, fmt.Errorf("read the kernel's table: %w", err)
+	}
+	defer func() { _ = r.Close() }()
+	have, err := r.Tables(ctx)
+	if err != nil {
+		return v, err
+	}
+	want := policy.Compile(snap.Cluster, snap.Node).Tables
+	v.Elements, v.Want = len(have), len(want)
+	v.Equal = len(have) == len(want) && policy.Canonical(have) == policy.Canonical(want)
+	v.probe(snap, have, flows, rand.New(rand.NewPCG(seed, 0)))
+	v.Millis = time.Since(began).Milliseconds()
+	return v, nil
+}
+
+// maxWrong is how many disagreements are listed.
+const maxWrong = 20
+
+// probeBudget bounds the probes whose number was not given.
+const probeBudget = 100 * time.Millisecond
+
+// probe asks the oracle and the tables about random flows of which one end is local.
+func (v *Verification) probe(snap agent.Snapshot, tables policy.Tables, flows int, rnd *rand.Rand) {
+	local, all := probeEnds(snap)
+	if len(local) == 0 {
+		return
+	}
+	cuts, began := spans(snap.Cluster), time.Now()
+	oracle, lookup, names := policy.NewOracle(snap.Cluster, snap.Node), tables.Index(), newNames(snap)
+	for flows == 0 && time.Since(began) < probeBudget || v.Flows < flows {
+		f := randomFlow(local, all, cuts, rnd)
+		v.Flows++
+		want, got := oracle.Evaluate(f), policy.DecideWith(lookup, f)
+		for i, d := range []policy.Decision{want.Egress, want.Ingress} {
+			side := Side{oracle: d, Agree: true}
+			side.compare([2]policy.TableDecision{got.Egress, got.Ingress}[i])
+			if side.Agree {
+				continue
+			}
+			if v.WrongCount++; len(v.Wrong) < maxWrong {
+				v.Wrong = append(v.Wrong, fmt.Sprintf("%s -> %s %s: %s is %s by policy (%s), %s in the kernel", names.of(f.Src), names.of(f.Dst),
+					serviceName(f), [2]string{"egress", "ingress"}[i], d.Action, because(d), allowDeny(side.Kernel.Allowed)))
+			}
+		}
+	}
+}
+
+// probeEnds are the addresses of this node's pods, and those of all pods, of world and
+// of the ipBlocks that policies name.
+func probeEnds(snap agent.Snapshot) (local, all []netip.Addr) {
+	for _, p := range snap.Cluster.Pods {
+		if p.Finished || p.HostNetwork {
+			continue
+		}
+		all = append(all, p.Addrs...)
+		if p.Node == snap.Node {
+			local = append(local, p.Addrs...)
+		}
+	}
+	for _, w := range outsiders(snap.Cluster) {
+		all = append(all, w.addrs...)
+	}
+	return local, all
+}
+
+// randomFlow is between a local address and any of its family.
+func randomFlow(local, all []netip.Addr, cuts []probeSpan, rnd *rand.Rand) policy.Flow {
+	f := policy.Flow{Src: local[rnd.IntN(len(local))]}
+	for !f.Dst.IsValid() || f.Dst.Is4() != f.Src.Is4() {
+		f.Dst = all[rnd.IntN(len(all))] // it ends: the local address is one of all
+	}
+	if rnd.IntN(2) == 0 {
+		f.Src, f.Dst = f.Dst, f.Src
+	}
+	s := cuts[rnd.IntN(len(cuts))]
+	f.Protocol, f.Port = s.protocol, [2]uint16{s.first, s.last}[rnd.IntN(2)]
+	if f.Protocol == policy.ICMP && f.Src.Is6() {
+		f.Protocol = policy.ICMPv6
+	}
+	return f
+}
+
+func (v Verification) write(w io.Writer) error {
+	t := &table{header: []string{"CHECK", "RESULT"}}
+	equal := "equal to a compilation from scratch"
+	if !v.Equal {
+		equal = fmt.Sprintf("%d elements where a compilation from scratch has %d (elements that nothing needs any more may be left until the agent is idle)", v.Elements, v.Want)
+	}
+	t.add("elements", fmt.Sprintf("%d read, %s", v.Elements, equal))
+	t.add("flows", fmt.Sprintf("%d probed with seed %d, %d decided otherwise than policy says", v.Flows, v.Seed, v.WrongCount))
+	t.add("took", fmt.Sprintf("%d ms", v.Millis))
+	for _, x := range v.Wrong {
+		t.add("WRONG", x)
+	}
+	return t.write(w)
+}

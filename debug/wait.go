@@ -1,0 +1,104 @@
+package debug
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nftcni/nftcni/agent"
+)
+
+type waitFlags struct {
+	generation int64
+	timeout    time.Duration
+	deleted    bool
+	read       apiFlags
+}
+
+func (s *session) waitCommand() *cobra.Command {
+	var fl waitFlags
+	cmd := &cobra.Command{
+		Use:   "wait policy NAMESPACE/NAME",
+		Short: "Return when the kernel on this node enforces a policy",
+		Long: "Return when the kernel on this node enforces a generation of a policy (metadata.generation):\n" +
+			"that of --generation; else, with --kubeconfig, the one that a fresh read of the API server\n" +
+			"returns; else any. Policies from manifests count no generations.\n\n" +
+			"Exit status 1: the time is over.",
+		Example: "  nftcni debug wait policy shop/db\n  nftcni debug wait policy shop/db --generation 3 --timeout 10s\n" +
+			"  nftcni debug wait policy shop/db --kubeconfig /etc/nftcni/kubeconfig\n  nftcni debug wait policy shop/db --deleted",
+		Args:              cobra.ExactArgs(2),
+		ValidArgsFunction: s.completePolicies,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if args[0] != "policy" {
+				return fmt.Errorf("%q: it can wait for a policy only: wait policy NAMESPACE/NAME", args[0])
+			}
+			e, err := s.wait(cmd.Context(), args[1], fl)
+			if err != nil {
+				return err
+			}
+			return s.print(cmd, e, func(w io.Writer) error { return writeEnforced(w, e, fl.deleted) })
+		},
+	}
+	f := cmd.Flags()
+	f.Int64Var(&fl.generation, "generation", 0, "metadata.generation to wait for; 0: see above")
+	f.DurationVar(&fl.timeout, "timeout", 30*time.Second, "give up after this long")
+	f.BoolVar(&fl.deleted, "deleted", false, "return when the policy is no longer enforced instead")
+	fl.read.register(f)
+	return cmd
+}
+
+func writeEnforced(w io.Writer, e agent.Enforced, deleted bool) error {
+	if deleted {
+		_, err := fmt.Fprintf(w, "policy %s is not in force on this node\n", e.Policy)
+		return err
+	}
+	_, err := fmt.Fprintf(w, "policy %s generation %d is in force since %s (kernel generation %d, %d us after the event)\n",
+		e.Policy, e.Generation, e.At.UTC().Format(time.RFC3339Nano), e.KernelGeneration, e.Micros)
+	return err
+}
+
+func (s *session) wait(ctx context.Context, name string, fl waitFlags) (agent.Enforced, error) {
+	ctx, cancel := context.WithTimeout(ctx, fl.timeout)
+	defer cancel()
+	want := fl.generation
+	if want == 0 && fl.read.kubeconfig != "" && !fl.deleted {
+		var err error
+		if want, err = fl.read.generation(ctx, name); err != nil {
+			return agent.Enforced{}, err
+		}
+	}
+	q := url.Values{"policy": {name}, "generation": {strconv.FormatInt(want, 10)}, "wait": {"1"}}
+	if fl.deleted {
+		q.Set("gone", "1")
+	}
+	var e agent.Enforced
+	for {
+		got := agent.Enforced{}
+		err := s.get(ctx, agent.PathEnforced+"?"+q.Encode(), &got)
+		if ctx.Err() != nil {
+			return e, fmt.Errorf("waiting %v for policy %s: %s (nftcni debug status says whether the agent follows)", fl.timeout, name, waitState(e))
+		}
+		if err != nil {
+			return e, err
+		}
+		e = got
+		if e.InForce && e.Generation >= want && !fl.deleted || fl.deleted && !e.InForce && !e.Known {
+			return e, nil
+		}
+	}
+}
+
+func waitState(e agent.Enforced) string {
+	switch {
+	case e.InForce:
+		return "generation " + strconv.FormatInt(e.Generation, 10) + " is in force"
+	case e.Known:
+		return "the agent knows it but the kernel has not taken it"
+	}
+	return "the agent knows no such policy"
+}
