@@ -69,6 +69,9 @@ func (c Change) validate() error {
 
 func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 	var r Receipt
+	if err := t.claim(); err != nil {
+		return r, err
+	}
 	unbind := t.unbinds(c.Unbind)
 	revokes := c.Delta.Revokes || len(unbind) > 0
 	steps := c.Delta.Steps

@@ -30,6 +30,8 @@ type Table struct {
 	reader *Reader
 	log    *slog.Logger
 	flags  uint32
+	// unclaimed: the flags are wanted, and the table's owner is gone.
+	unclaimed bool
 
 	// What the kernel holds, as far as Apply needs it to send differences.
 	bound    map[bindingKey]Binding
@@ -136,10 +138,11 @@ func (t *Table) open(ctx context.Context) error {
 			return err
 		}
 	}
-	wantsOwner := t.flags != 0 && ownerFlags(t.flags, found.flags)
+	// The kernel takes the owner flag off a persistent table when its owner's socket closes.
+	t.unclaimed = t.flags != 0 && found.flags&tablePersist != 0 && found.owner == 0
+	wantsOwner := t.flags != 0 && !t.unclaimed && ownerFlags(t.flags, found.flags)
 	if diff == "" && !wantsOwner {
-		t.flags = found.flags
-		return t.adoptTable(ctx, found)
+		return t.adoptTable(ctx)
 	}
 	state, err := t.readState(ctx)
 	if err != nil {
@@ -150,16 +153,9 @@ func (t *Table) open(ctx context.Context) error {
 	return t.replace(p, state, found)
 }
 
-// adoptTable takes over a table that is as it should be. An orphan with the owner flag is claimed, which is a
-// transaction; nothing else is written.
-func (t *Table) adoptTable(ctx context.Context, found tableInfo) error {
-	if found.flags&tableOwner != 0 && found.owner == 0 {
-		b := newBatch(t.conn.seq)
-		b.addTable(found.flags)
-		if err := t.conn.commit(b); err != nil {
-			return fmt.Errorf("claim: %w", err)
-		}
-	}
+// adoptTable takes over a table that is as it should be, without writing. One that lost
+// its owner is claimed with the next change: claiming is a transaction too.
+func (t *Table) adoptTable(ctx context.Context) error {
 	if err := t.load(ctx); err != nil {
 		return err
 	}
@@ -168,6 +164,20 @@ func (t *Table) adoptTable(ctx context.Context, found tableInfo) error {
 		t.pending = append(t.pending, pending{seq: t.seq, revokes: true})
 		return t.graceAndFinish(ctx)
 	}
+	return nil
+}
+
+// claim makes this socket the owner of a table whose owner went (Linux 6.9).
+func (t *Table) claim() error {
+	if !t.unclaimed {
+		return nil
+	}
+	b := newBatch(t.conn.seq)
+	b.addTable(t.flags)
+	if err := t.conn.commit(b); err != nil {
+		return fmt.Errorf("claim table: %w", err)
+	}
+	t.unclaimed = false
 	return nil
 }
 

@@ -68,7 +68,7 @@ func (h *Host) EchoUDP(addr netip.Addr, port uint16) {
 		}
 		h.t.Cleanup(func() { _ = c.Close() })
 		go func() {
-			b := make([]byte, 2048)
+			b := make([]byte, 1<<16)
 			for {
 				n, from, err := c.ReadFromUDPAddrPort(b)
 				if err != nil {
