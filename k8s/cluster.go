@@ -13,6 +13,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
@@ -85,6 +86,7 @@ func (c *Cluster) Run(ctx context.Context, sink Sink) error {
 		wg.Go(func() { reflector.RunWithContext(ctx) })
 	}
 	wg.Wait()
+	utilnet.CloseIdleConnectionsFor(c.clients.transport)
 	return nil
 }
 

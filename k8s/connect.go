@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -29,7 +30,10 @@ type ClusterOptions struct {
 
 // clients of the two API groups that are used. The full clientset would bring the types
 // of all groups into the binary, and into the start of every CNI call.
-type clients struct{ core, networking rest.Interface }
+type clients struct {
+	core, networking rest.Interface
+	transport        http.RoundTripper
+}
 
 func connect(o ClusterOptions) (clients, error) {
 	cfg, err := loadConfig(o)
@@ -60,7 +64,7 @@ func connect(o ClusterOptions) (clients, error) {
 	if err := errors.Join(err1, err2); err != nil {
 		return clients{}, fmt.Errorf("connect to the API server: %w", err)
 	}
-	return clients{core: core, networking: networking}, nil
+	return clients{core: core, networking: networking, transport: httpClient.Transport}, nil
 }
 
 func loadConfig(o ClusterOptions) (*rest.Config, error) {

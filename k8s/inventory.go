@@ -2,7 +2,6 @@ package k8s
 
 import (
 	"cmp"
-	"iter"
 	"maps"
 	"reflect"
 	"slices"
@@ -291,24 +290,6 @@ func (inv *inventory) cluster() *policy.Cluster {
 	})
 }
 
-// snapshot collects the objects of events that delete nothing, sorted by name.
-func snapshot(objects iter.Seq[policy.Event]) *policy.Cluster {
-	c := &policy.Cluster{}
-	for _, e := range slices.SortedFunc(objects, compareEvents) {
-		switch {
-		case e.Namespace != nil:
-			c.Namespaces = append(c.Namespaces, *e.Namespace)
-		case e.Pod != nil:
-			c.Pods = append(c.Pods, *e.Pod)
-		case e.Node != nil:
-			c.Nodes = append(c.Nodes, *e.Node)
-		case e.Policy != nil:
-			c.Policies = append(c.Policies, *e.Policy)
-		}
-	}
-	return c
-}
-
 // maxProblems is how many problems of one file are told.
 const maxProblems = 100
 
@@ -318,35 +299,4 @@ func limitProblems(ps []Problem) []Problem {
 	}
 	p := Problem{Severity: Refused, File: ps[0].File, Line: ps[maxProblems].Line, Message: "more problems in this file are not listed", Remedy: "mend the ones above first"}
 	return append(ps[:maxProblems:maxProblems], p)
-}
-
-// deletion is the event that removes what e put there.
-func deletion(e policy.Event) policy.Event {
-	e.Delete = true
-	return e
-}
-
-// compareEvents orders: nodes, namespaces, policies, pods that come or change, then
-// pods, policies, namespaces, nodes that go; within each by name.
-func compareEvents(a, b policy.Event) int {
-	ra, na := eventRank(a)
-	rb, nb := eventRank(b)
-	return cmp.Or(cmp.Compare(ra, rb), cmp.Compare(na.Namespace, nb.Namespace), cmp.Compare(na.Name, nb.Name))
-}
-
-func eventRank(e policy.Event) (rank int, name policy.Name) {
-	switch {
-	case e.Node != nil:
-		rank, name = 0, policy.Name{Name: e.Node.Name}
-	case e.Namespace != nil:
-		rank, name = 1, policy.Name{Name: e.Namespace.Name}
-	case e.Policy != nil:
-		rank, name = 2, e.Policy.ID.Name
-	case e.Pod != nil:
-		rank, name = 3, e.Pod.Name
-	}
-	if e.Delete {
-		rank = 7 - rank
-	}
-	return rank, name
 }

@@ -212,7 +212,10 @@ func TestManifestsUnreadable(t *testing.T) {
 	problem := func(text string) {
 		t.Helper()
 		sink.await(t, text, func(state map[objectKey]policy.Event, problems []Problem) bool {
-			return len(state) == 1 && (text == "" && len(problems) == 0 || len(problems) == 1 && strings.Contains(problems[0].String(), text))
+			if text == "" {
+				return len(state) == 1 && len(problems) == 0
+			}
+			return len(state) == 1 && len(problems) == 1 && strings.Contains(problems[0].String(), text)
 		})
 	}
 	write(t, path, "{")

@@ -290,15 +290,3 @@ func (r *registry) deliver(events []policy.Event) {
 	r.initial = nil
 	r.sink.Replace(c, r.listProblems())
 }
-
-func eventKey(e policy.Event) objectKey {
-	switch {
-	case e.Namespace != nil:
-		return objectKey{kind: "Namespace", name: e.Namespace.Name}
-	case e.Node != nil:
-		return objectKey{kind: "Node", name: e.Node.Name}
-	case e.Pod != nil:
-		return objectKey{"Pod", e.Pod.Namespace, e.Pod.Name.Name}
-	}
-	return objectKey{KindNetworkPolicy, e.Policy.ID.Namespace, e.Policy.ID.Name.Name}
-}
