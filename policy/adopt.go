@@ -1,5 +1,340 @@
 package policy
 
+import (
+	"cmp"
+	"encoding/binary"
+	"slices"
+)
+
 // Adopt tells the engine what the kernel holds from a predecessor. It must come before
-// the first Replace, which then keeps every number whose content is still right.
+// the first Replace, which then keeps every number whose content is still right: with
+// the same cluster its delta is empty, otherwise it holds the difference. Unlike every
+// other delta, that one knows the old policy only by its numbers: between its steps a
+// flow whose pods changed class while no engine ran may be judged by old profiles and
+// new identities.
 func (e *Engine) Adopt(kernel Tables) { e.adopted = kernel }
+
+// adoption matches the numbers of an engine that compiled from scratch with a kernel's.
+type adoption struct {
+	e          *Engine
+	kernel     Tables
+	spans      map[uint32][]span
+	classes    map[string]uint32 // content -> number
+	rows       map[uint32]map[uint32]uint32
+	identities map[*identity]uint32
+	byIdentity map[uint32]*identity
+	profiles   map[*profile]uint32
+}
+
+func (e *Engine) adopt() Delta {
+	a := &adoption{
+		e: e, kernel: e.adopted, spans: map[uint32][]span{}, classes: map[string]uint32{}, rows: map[uint32]map[uint32]uint32{},
+		byIdentity: map[uint32]*identity{},
+	}
+	e.adopted = nil
+	e.settle()
+	a.read()
+	a.identities = elect(a.identityVotes())
+	for i, n := range a.identities {
+		a.byIdentity[n] = i
+	}
+	a.renumberClasses()
+	a.profiles = elect(a.profileVotes())
+	for p, n := range a.profiles {
+		if !a.sameProfile(p, n) {
+			delete(a.profiles, p)
+		}
+	}
+	a.renumber()
+	return a.difference()
+}
+
+// read gathers the kernel's classes and rows.
+func (a *adoption) read() {
+	rest := map[uint32]uint32{}
+	for k, v := range a.kernel {
+		switch k.Map {
+		case AccessPort:
+			a.spans[k.X] = append(a.spans[k.X], span{k.Protocol, k.First, k.First, uint8(v)})
+		case AccessRange:
+			a.spans[k.X] = append(a.spans[k.X], span{k.Protocol, k.First, k.Last, uint8(v)})
+		case AccessRest:
+			rest[k.X] = v
+		case Access:
+			if a.rows[k.X] == nil {
+				a.rows[k.X] = map[uint32]uint32{}
+			}
+			a.rows[k.X][k.Y] = v
+		}
+	}
+	for n, r := range rest {
+		slices.SortFunc(a.spans[n], func(x, y span) int {
+			return cmp.Or(cmp.Compare(x.protocol, y.protocol), cmp.Compare(x.first, y.first))
+		})
+		key := classKey(uint8(r), a.spans[n])
+		if old, ok := a.classes[key]; !ok || n < old {
+			a.classes[key] = n
+		}
+	}
+}
+
+func classKey(rest uint8, spans []span) string {
+	key := []byte{rest}
+	for _, s := range spans {
+		key = append(key, byte(s.protocol), s.code)
+		key = binary.BigEndian.AppendUint16(key, s.first)
+		key = binary.BigEndian.AppendUint16(key, s.last)
+	}
+	return string(key)
+}
+
+// vote is how many elements of what have number n in the kernel.
+type vote[T comparable] struct {
+	what  T
+	order uint32
+	n     uint32
+	count int
+}
+
+// elect gives each number to the one that most elements speak for, and one only.
+func elect[T comparable](votes map[T]map[uint32]int, order func(T) uint32) map[T]uint32 {
+	var all []vote[T]
+	for what, ns := range votes {
+		for n, count := range ns {
+			all = append(all, vote[T]{what, order(what), n, count})
+		}
+	}
+	slices.SortFunc(all, func(x, y vote[T]) int {
+		return cmp.Or(cmp.Compare(y.count, x.count), cmp.Compare(x.order, y.order), cmp.Compare(x.n, y.n))
+	})
+	out, taken := map[T]uint32{}, map[uint32]bool{}
+	for _, v := range all {
+		if _, ok := out[v.what]; !ok && !taken[v.n] {
+			out[v.what], taken[v.n] = v.n, true
+		}
+	}
+	return out
+}
+
+func (a *adoption) identityVotes() (map[*identity]map[uint32]int, func(*identity) uint32) {
+	votes := map[*identity]map[uint32]int{}
+	cast := func(i *identity, k Key) {
+		n, ok := a.kernel[k]
+		if i == nil || !ok || n < IdentityFirst || n > IdentityLast {
+			return
+		}
+		if votes[i] == nil {
+			votes[i] = map[uint32]int{}
+		}
+		votes[i][n]++
+	}
+	for _, r := range a.e.addresses {
+		cast(r.id, Key{Map: PodID, Addr: r.addr})
+	}
+	for _, r := range a.e.nets.ranges {
+		cast(r.id, Key{Map: NetID, Addr: r.from, To: r.to})
+	}
+	return votes, func(i *identity) uint32 { return i.num }
+}
+
+func (a *adoption) profileVotes() (map[*profile]map[uint32]int, func(*profile) uint32) {
+	votes := map[*profile]map[uint32]int{}
+	for r := range a.e.locals {
+		for _, d := range Directions {
+			n, ok := a.kernel[Key{Map: profileMap(d), Addr: r.addr}]
+			if p := r.prof[d]; p != nil && ok && a.e.profileNumbers(d).valid(n) {
+				if votes[p] == nil {
+					votes[p] = map[uint32]int{}
+				}
+				votes[p][n]++
+			}
+		}
+	}
+	return votes, func(p *profile) uint32 { return p.num }
+}
+
+// sameProfile reports whether the kernel's profile n decides as p does for all others
+// and for every identity whose number is kept.
+func (a *adoption) sameProfile(p *profile, n uint32) bool {
+	if v, ok := a.kernel[Key{Map: AccessOthers, X: n}]; !ok || v != p.others.num {
+		return false
+	}
+	for i, c := range p.rows {
+		if k, ok := a.identities[i]; ok && a.rows[n][k] != c.num {
+			return false
+		}
+	}
+	for k := range a.rows[n] {
+		if i := a.byIdentity[k]; i != nil && p.rows[i] == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// renumberClasses gives classes the numbers of the kernel's with the same content.
+func (a *adoption) renumberClasses() {
+	e := a.e
+	e.classNumbers.avoid(func(yield func(uint32)) {
+		for k, v := range a.kernel {
+			switch k.Map {
+			case Access, AccessOthers:
+				yield(v)
+			case AccessPort, AccessRange, AccessRest:
+				yield(k.X)
+			}
+		}
+	})
+	var all []*class
+	for _, c := range e.classes {
+		all = append(all, c)
+	}
+	slices.SortFunc(all, func(x, y *class) int { return cmp.Compare(x.num, y.num) })
+	for _, c := range all {
+		n, ok := a.classes[c.key]
+		if !ok || n < ClassFirst || n > ClassLast {
+			n = e.classNumbers.next()
+		}
+		c.num = n
+	}
+	e.classNumbers.keep(func(yield func(uint32)) {
+		for _, c := range all {
+			yield(c.num)
+		}
+	})
+}
+
+// renumber does the same for identities and profiles.
+func (a *adoption) renumber() {
+	e := a.e
+	e.identityNumbers.avoid(func(yield func(uint32)) {
+		for k, v := range a.kernel {
+			switch k.Map {
+			case PodID, NetID:
+				yield(v)
+			case Access:
+				yield(k.Y)
+			}
+		}
+	})
+	all := e.sortedIdentities()
+	e.identities = map[uint32]*identity{}
+	for _, i := range all {
+		n, ok := a.identities[i]
+		if !ok {
+			n = e.identityNumbers.next()
+		}
+		i.num = n
+		e.identities[n] = i
+	}
+	e.identityNumbers.keep(func(yield func(uint32)) {
+		for _, i := range all {
+			yield(i.num)
+		}
+	})
+	for _, d := range Directions {
+		a.renumberProfiles(d)
+	}
+}
+
+func (a *adoption) renumberProfiles(d Direction) {
+	numbers := a.e.profileNumbers(d)
+	numbers.avoid(func(yield func(uint32)) {
+		for k, v := range a.kernel {
+			switch k.Map {
+			case IngressProfile, EgressProfile:
+				yield(v)
+			case Access, AccessOthers:
+				yield(k.X)
+			}
+		}
+	})
+	var all []*profile
+	for _, p := range a.e.profiles {
+		if p.dir == d {
+			all = append(all, p)
+		}
+	}
+	slices.SortFunc(all, func(x, y *profile) int { return cmp.Compare(x.num, y.num) })
+	for _, p := range all {
+		n, ok := a.profiles[p]
+		if !ok {
+			n = numbers.next()
+		}
+		p.num = n
+	}
+	numbers.keep(func(yield func(uint32)) {
+		for _, p := range all {
+			yield(p.num)
+		}
+	})
+}
+
+// difference is the delta from the kernel's elements to the engine's.
+func (a *adoption) difference() Delta {
+	want := make(map[Key]Element, len(a.kernel))
+	a.e.elements(func(el Element) { want[el.Key] = el })
+	stage := map[Map]*[2][]Op{} // removed, added or changed
+	for m := PodID; m <= AccessRest; m++ {
+		stage[m] = &[2][]Op{}
+	}
+	for k, v := range a.kernel {
+		if w, ok := want[k]; !ok || w.Value != v {
+			stage[k.Map][0] = append(stage[k.Map][0], remove(k, v))
+		}
+	}
+	for k, w := range want {
+		if v, ok := a.kernel[k]; !ok || v != w.Value {
+			stage[k.Map][1] = append(stage[k.Map][1], Op{Element: w})
+		}
+	}
+	var d Delta
+	for _, m := range []Map{AccessPort, AccessRange, AccessRest, AccessOthers, Access} {
+		d.add(sortedOps(stage[m][1]))
+		d.Drops = append(d.Drops, sortedOps(stage[m][0])...)
+	}
+	d.addWhole(append(sortedOps(stage[NetID][0]), sortedOps(stage[NetID][1])...))
+	d.add(sortedOps(slices.Concat(stage[PodID][0], stage[PodID][1])))
+	for _, dir := range Directions {
+		member := isolatedSet(dir)
+		d.add(sortedOps(stage[member][0]))
+		d.add(sortedOps(slices.Concat(stage[profileMap(dir)][0], stage[profileMap(dir)][1])))
+		d.add(sortedOps(stage[member][1]))
+	}
+	d.Revokes = len(d.Steps) > 0 && len(a.kernel) > 0
+	a.e.retired = len(d.Drops) > 0
+	return d
+}
+
+func sortedOps(ops []Op) []Op {
+	slices.SortStableFunc(ops, func(x, y Op) int {
+		return cmp.Or(compareKey(x.Key, y.Key), boolDelta(!x.Delete)-boolDelta(!y.Delete))
+	})
+	return ops
+}
+
+// avoid makes n hand out none of the numbers listed, and only greater ones at first.
+func (n *numbers) avoid(list func(yield func(uint32))) {
+	n.used, n.cur = map[uint32]struct{}{}, 0
+	list(func(v uint32) {
+		if n.valid(v) {
+			n.used[v] = struct{}{}
+			n.cur = max(n.cur, v)
+		}
+	})
+}
+
+// keep frees all numbers but those listed.
+func (n *numbers) keep(list func(yield func(uint32))) {
+	n.used = map[uint32]struct{}{}
+	list(func(v uint32) { n.used[v] = struct{}{} })
+}
+
+func (n *numbers) valid(v uint32) bool { return n.first <= v && v <= n.last && v&n.clear == 0 }
+
+func (e *Engine) profileNumbers(d Direction) *numbers {
+	if d == Egress {
+		return &e.egressNumbers
+	}
+	return &e.ingressNumbers
+}

@@ -46,15 +46,10 @@ func (c *class) elements(yield func(Key, uint32)) {
 
 // internClass returns the class with this content, making it when there is none.
 func (e *Engine) internClass(rest uint8, spans []span) *class {
-	key := []byte{rest}
-	for _, s := range spans {
-		key = append(key, byte(s.protocol), s.code)
-		key = binary.BigEndian.AppendUint16(key, s.first)
-		key = binary.BigEndian.AppendUint16(key, s.last)
-	}
-	c := e.classes[string(key)]
+	key := classKey(rest, spans)
+	c := e.classes[key]
 	if c == nil {
-		c = &class{num: e.classNumbers.next(), key: string(key), rest: rest, spans: spans}
+		c = &class{num: e.classNumbers.next(), key: key, rest: rest, spans: spans}
 		e.classes[c.key] = c
 		e.looseClasses = append(e.looseClasses, c)
 	}

@@ -173,6 +173,9 @@ func (e *Engine) Replace(c *Cluster) Delta {
 			delete(e.nodes, name)
 		}
 	}
+	if e.adopted != nil {
+		return e.adopt()
+	}
 	return e.settle()
 }
 

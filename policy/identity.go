@@ -302,3 +302,12 @@ type row struct {
 	p *profile
 	i *identity
 }
+
+func (e *Engine) sortedIdentities() []*identity {
+	out := make([]*identity, 0, len(e.identities))
+	for _, i := range e.identities {
+		out = append(out, i)
+	}
+	slices.SortFunc(out, compareIdentity)
+	return out
+}

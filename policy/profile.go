@@ -110,11 +110,7 @@ func (e *Engine) newProfile(p *profile) *profile {
 }
 
 func (e *Engine) numberProfile(p *profile) {
-	n := &e.ingressNumbers
-	if p.dir == Egress {
-		n = &e.egressNumbers
-	}
-	p.num, p.fresh, p.rows = n.next(), true, map[*identity]*class{}
+	p.num, p.fresh, p.rows = e.profileNumbers(p.dir).next(), true, map[*identity]*class{}
 	e.freshProfiles = append(e.freshProfiles, p)
 }
 
@@ -145,8 +141,7 @@ func (e *Engine) releaseProfile(p *profile, drop func(Key, uint32)) {
 		e.deactivate(t)
 	}
 	p.rows = nil
-	e.ingressNumbers.free(p.num)
-	e.egressNumbers.free(p.num)
+	e.profileNumbers(p.dir).free(p.num)
 }
 
 // releaseIdentity forgets i and its rows, and yields their elements.

@@ -73,10 +73,7 @@ func forgetNames(names map[portName]*nameUse) {
 // mergeIdentities strips the identities of what is gone and picks, for each signature
 // that is left, the identity with the most members.
 func (e *Engine) mergeIdentities() map[*signature]*identity {
-	var all []*identity
-	for _, i := range e.identities {
-		all = append(all, i)
-	}
+	all := e.sortedIdentities()
 	slices.SortFunc(all, func(a, b *identity) int {
 		return cmp.Or(cmp.Compare(b.members, a.members), cmp.Compare(a.num, b.num))
 	})

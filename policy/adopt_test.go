@@ -1,0 +1,84 @@
+package policy_test
+
+import (
+	"fmt"
+	"maps"
+	"testing"
+
+	"github.com/nftcni/nftcni/policy"
+	"github.com/nftcni/nftcni/policy/policytest"
+)
+
+func TestAdopt(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		change func(f *follower, kernel policy.Tables, c *policy.Cluster) *policy.Cluster
+		empty  bool
+	}{
+		{"same cluster", func(_ *follower, _ policy.Tables, c *policy.Cluster) *policy.Cluster { return c }, true},
+		{"events missed", func(f *follower, _ policy.Tables, c *policy.Cluster) *policy.Cluster {
+			e := policy.NewEngine(policytest.Node(0))
+			e.Replace(c)
+			for range 3 {
+				e.Apply(f.g.Event())
+			}
+			return e.Cluster()
+		}, false},
+		{"another cluster", func(f *follower, _ policy.Tables, c *policy.Cluster) *policy.Cluster { return f.g.Cluster() }, false},
+		{"corrupted kernel", func(f *follower, kernel policy.Tables, c *policy.Cluster) *policy.Cluster {
+			for k, v := range maps.Clone(kernel) {
+				switch f.r.IntN(10) {
+				case 0:
+					delete(kernel, k)
+				case 1:
+					if v != 0 {
+						kernel[k] = v + 1
+					}
+				}
+			}
+			return c
+		}, false},
+		{"empty kernel", func(_ *follower, kernel policy.Tables, c *policy.Cluster) *policy.Cluster {
+			clear(kernel)
+			return c
+		}, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			for seed := range uint64(60) {
+				if err := adoptOnce(seed, tc.change, tc.empty); err != nil {
+					t.Fatalf("seed %d: %v", seed, err)
+				}
+			}
+		})
+	}
+}
+
+func adoptOnce(seed uint64, change func(*follower, policy.Tables, *policy.Cluster) *policy.Cluster, empty bool) error {
+	f := newFollower(seed, policytest.Options{Tiers: seed%2 == 1})
+	f.flows = 0
+	for range 15 {
+		if err := f.random(f.r.IntN(20)); err != nil {
+			return err
+		}
+	}
+	if err := f.follow(f.e.Tidy()); err != nil {
+		return err
+	}
+	c := change(f, f.tables, f.e.Cluster())
+	f.e = policy.NewEngine(policytest.Node(0))
+	f.e.Adopt(maps.Clone(f.tables))
+	d := f.e.Replace(c)
+	if empty && !d.Empty() {
+		return fmt.Errorf("delta of an unchanged cluster:\n%sdrops %+v", stepsText(d), d.Drops)
+	}
+	if err := f.follow(d); err != nil {
+		return err
+	}
+	f.flows = 30
+	for range 5 {
+		if err := f.random(f.r.IntN(20)); err != nil {
+			return fmt.Errorf("after adoption: %w", err)
+		}
+	}
+	return f.compare()
+}
