@@ -5,6 +5,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"time"
 
 	"github.com/nftcni/nftcni/policy"
 )
@@ -20,7 +21,13 @@ type inventory struct {
 	// there because it has a manifest or because it has members.
 	members    map[string]int
 	namespaces map[string]policy.Namespace // in force, implied ones included
-	duplicates map[objectKey][]Problem
+	duplicates map[objectKey][]duplicate
+}
+
+// A duplicate is a definition that is not in force because of the one in file winner.
+type duplicate struct {
+	winner  string
+	problem Problem
 }
 
 // A heldFile is what is held of one file.
@@ -47,7 +54,7 @@ func newInventory() *inventory {
 		inForce:    map[objectKey]*held{},
 		members:    map[string]int{},
 		namespaces: map[string]policy.Namespace{},
-		duplicates: map[objectKey][]Problem{},
+		duplicates: map[objectKey][]duplicate{},
 	}
 }
 
@@ -234,15 +241,15 @@ func (inv *inventory) noteDuplicates(key objectKey) {
 		delete(inv.duplicates, key)
 		return
 	}
-	var ps []Problem
+	var ds []duplicate
 	for _, h := range c[1:] {
 		p := h.place
 		p.Severity, p.Field, p.Message = Refused, "metadata.name", "defined more than once"
 		p.Effect = "the definition in " + c[0].place.where() + " is in force"
 		p.Remedy = "remove one of the definitions"
-		ps = append(ps, p)
+		ds = append(ds, duplicate{c[0].place.File, p})
 	}
-	inv.duplicates[key] = ps
+	inv.duplicates[key] = ds
 }
 
 // resolveNamespace decides what a namespace is now: its manifest, implied by its
@@ -262,14 +269,20 @@ func (inv *inventory) resolveNamespace(name string) (policy.Event, bool) {
 	return policy.Event{Namespace: &next}, !had || old != next
 }
 
-// problems is the complete list.
-func (inv *inventory) problems() []Problem {
+// problems is the complete list. Definitions in files that vanished a moment ago are no
+// duplicates: files are renamed.
+func (inv *inventory) problems(vanished map[string]time.Time) []Problem {
 	var out []Problem
 	for _, f := range inv.files {
 		out = append(out, f.problems...)
 	}
-	for _, d := range inv.duplicates {
-		out = append(out, d...)
+	for _, ds := range inv.duplicates {
+		for _, d := range ds {
+			_, winnerGone := vanished[d.winner]
+			if _, gone := vanished[d.problem.File]; !gone && !winnerGone {
+				out = append(out, d.problem)
+			}
+		}
 	}
 	return sortProblems(out)
 }

@@ -155,7 +155,7 @@ func TestInventoryProblems(t *testing.T) {
 		parsed := parseFile(name, []byte(content))
 		inv.update(map[string]*parsedFile{name: &parsed})
 		var lines []string
-		for _, p := range inv.problems() {
+		for _, p := range inv.problems(nil) {
 			lines = append(lines, p.String())
 		}
 		return strings.Join(lines, "\n")

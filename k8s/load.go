@@ -32,7 +32,7 @@ func LoadDir(dir string) (*policy.Cluster, []Problem, error) {
 	}
 	inv := newInventory()
 	inv.update(files)
-	return inv.cluster(), sortProblems(append(problems, inv.problems()...)), nil
+	return inv.cluster(), sortProblems(append(problems, inv.problems(nil)...)), nil
 }
 
 // ParseManifests reads the documents of one file and returns what it puts in force:
@@ -43,5 +43,5 @@ func ParseManifests(name string, data []byte) ([]policy.Event, []Problem) {
 	parsed := parseFile(name, data)
 	inv := newInventory()
 	events := inv.update(map[string]*parsedFile{name: &parsed})
-	return events, inv.problems()
+	return events, inv.problems(nil)
 }

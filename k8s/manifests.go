@@ -251,7 +251,7 @@ func (f *follower) read(path string, now time.Time) *parsedFile {
 
 // problems is the inventory's list and what stands in the way of reading.
 func (f *follower) problems(now time.Time) []Problem {
-	out := f.inv.problems()
+	out := f.inv.problems(f.gone)
 	for path, err := range f.failed {
 		out = append(out, Problem{Severity: Refused, File: path, Message: err.Error(),
 			Effect: "objects that this file held before stay as they were", Remedy: "make it a readable regular file"})
