@@ -20,7 +20,7 @@ const (
 	kindCount
 )
 
-// kindNames are the kinds' names in problems and Events.
+// kindName is the kind's name in problems and Events.
 func kindName(kind int) string {
 	return [kindCount]string{"Namespace", "Node", "Pod", KindNetworkPolicy}[kind]
 }
