@@ -4,7 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -148,19 +149,9 @@ func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
 		b.step(step)
 	}
 	binds := t.binds(c.Bind, nil)
-	for _, bind := range binds {
-		if t.bound[bind.key()].Masquerade && !bind.Masquerade {
-			b.element(true, "masquerade"+familyOf(bind.Addr), element{key: rawKey{first: bind.Addr.AsSlice()}}, bind.Addr.String())
-		}
-		b.bind(bind)
-	}
+	b.rebind(binds, t.bound)
 	add, remove := t.networkChanges(c.PodNetworks)
-	for _, p := range remove {
-		b.network(true, p)
-	}
-	for _, p := range add {
-		b.network(false, p)
-	}
+	b.networks(add, remove)
 	epoch := t.epoch
 	// An unbinding that stood alone has bumped already.
 	if revokes && (!b.empty() || c.Delta.Revokes || r.Transactions == 0) {
@@ -212,7 +203,8 @@ func (b *batch) step(step []policy.Op) {
 func (t *Table) settle(ctx context.Context, step []policy.Op) error {
 	conflict := false
 	for _, o := range step {
-		conflict = conflict || t.dropping[o.Key] || !t.replaces && t.changed[o.Key]
+		_, changed := t.changed[o.Key]
+		conflict = conflict || t.dropping[o.Key] || !t.replaces && changed
 	}
 	if !conflict {
 		return nil
@@ -234,11 +226,11 @@ func (t *Table) note(step []policy.Op) {
 		return
 	}
 	if t.changed == nil {
-		t.changed = map[policy.Key]bool{}
+		t.changed = map[policy.Key]uint64{}
 	}
 	for _, o := range step {
 		if o.Delete {
-			t.changed[o.Key] = true
+			t.changed[o.Key] = t.seq + 1
 		}
 	}
 }
@@ -263,9 +255,7 @@ func (t *Table) Finish(ctx context.Context, seq uint64) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if seq >= t.seq {
-		clear(t.changed)
-	}
+	maps.DeleteFunc(t.changed, func(_ policy.Key, since uint64) bool { return since <= seq })
 	if err := t.finish(seq); err != nil {
 		t.stale = true
 		return fmt.Errorf("finish changes up to %d: %w", seq, err)
@@ -287,14 +277,12 @@ func (t *Table) finish(seq uint64) error {
 	epoch, again := t.epoch, t.again
 	if revokes {
 		// A later change may still owe its own second bump.
-		again = false
-		for _, p := range t.pending[done:] {
-			again = again || p.revokes
-		}
+		again = slices.ContainsFunc(t.pending[done:], func(p pending) bool { return p.revokes })
 		epoch = t.bump(b, again)
 	}
 	if !b.empty() {
 		if err := t.conn.commit(b); err != nil {
+			t.forgetDrops()
 			return err
 		}
 	}
@@ -303,130 +291,18 @@ func (t *Table) finish(seq uint64) error {
 			delete(t.dropping, o.Key)
 		}
 	}
-	t.pending = append([]pending(nil), t.pending[done:]...)
+	t.pending = slices.Clone(t.pending[done:])
 	t.epoch, t.again = epoch, again
 	return nil
 }
 
-// unbinds are those of want that are bound.
-func (t *Table) unbinds(want []Binding) []Binding {
-	var out []Binding
-	seen := map[bindingKey]bool{}
-	for _, u := range want {
-		if have, ok := t.bound[u.key()]; ok && !seen[u.key()] {
-			seen[u.key()] = true
-			out = append(out, have)
-		}
+// forgetDrops gives up deletions that cannot be made because somebody else edited the table. What is left of them
+// shows in the next State, and the caller's next change drops it. Bumps stay owed.
+func (t *Table) forgetDrops() {
+	for i := range t.pending {
+		t.pending[i].drops = nil
 	}
-	return out
-}
-
-// binds are those of want that are not bound as they should be, once gone is unbound. A binding whose masquerading
-// changed is written again.
-func (t *Table) binds(want, gone []Binding) []Binding {
-	going := map[bindingKey]bool{}
-	for _, g := range gone {
-		going[g.key()] = true
-	}
-	var out []Binding
-	for _, w := range want {
-		if have, ok := t.bound[w.key()]; !ok || going[w.key()] || have.Masquerade != w.Masquerade {
-			out = append(out, w)
-		}
-	}
-	return out
-}
-
-// addressesWithout says which addresses are still bound somewhere when gone is unbound.
-func (t *Table) addressesWithout(gone []Binding) map[netip.Addr]bool {
-	going := map[bindingKey]bool{}
-	for _, g := range gone {
-		going[g.key()] = true
-	}
-	left := map[netip.Addr]bool{}
-	for k := range t.bound {
-		if !going[k] {
-			left[k.addr] = true
-		}
-	}
-	return left
-}
-
-func familyOf(a netip.Addr) string {
-	if a.Is4() {
-		return "4"
-	}
-	return "6"
-}
-
-func bindingBytes(b Binding) []byte {
-	name := make([]byte, unix.IFNAMSIZ)
-	copy(name, b.Interface)
-	return append(name, b.Addr.AsSlice()...)
-}
-
-// bind lets a pod send and receive. Elements that are there already are no-ops.
-func (b *batch) bind(x Binding) {
-	f, a, comment := familyOf(x.Addr), x.Addr.AsSlice(), cleanComment(x.Comment)
-	does := x.Interface + " . " + x.Addr.String()
-	b.element(false, "local"+f, element{key: rawKey{first: a}, comment: comment}, does)
-	b.element(false, "self"+f, element{key: rawKey{first: append(x.Addr.AsSlice(), a...)}, comment: comment}, does)
-	if x.Masquerade {
-		b.element(false, "masquerade"+f, element{key: rawKey{first: a}, comment: comment}, does)
-	}
-	b.element(false, "bound"+f, element{key: rawKey{first: bindingBytes(x)}, comment: comment}, does)
-}
-
-// unbind is the inverse; the address itself stays while another interface holds it.
-func (b *batch) unbind(x Binding, shared bool) {
-	f, a := familyOf(x.Addr), x.Addr.AsSlice()
-	does := x.Interface + " . " + x.Addr.String()
-	b.element(true, "bound"+f, element{key: rawKey{first: bindingBytes(x)}}, does)
-	if shared {
-		return
-	}
-	b.element(true, "local"+f, element{key: rawKey{first: a}}, does)
-	b.element(true, "self"+f, element{key: rawKey{first: append(x.Addr.AsSlice(), a...)}}, does)
-	if x.Masquerade {
-		b.element(true, "masquerade"+f, element{key: rawKey{first: a}}, does)
-	}
-}
-
-// network adds or deletes a pod network.
-func (b *batch) network(del bool, p netip.Prefix) {
-	k := encodeKey(policy.Key{Map: policy.NetID, Addr: p.Addr(), To: lastOf(p)})
-	b.element(del, "pod_networks"+familyOf(p.Addr()), element{key: k}, p.String())
-}
-
-func (t *Table) networksDiffer(want []netip.Prefix) bool {
-	add, remove := t.networkChanges(want)
-	return len(add)+len(remove) > 0
-}
-
-// networkChanges compares the networks that no other holds; nil wants no change.
-func (t *Table) networkChanges(want []netip.Prefix) (add, remove []netip.Prefix) {
-	if want == nil {
-		return nil, nil
-	}
-	wanted := map[netip.Prefix]bool{}
-	for _, p := range want {
-		covered := false
-		for _, q := range want {
-			covered = covered || q != p && q.Bits() < p.Bits() && q.Contains(p.Addr())
-		}
-		if !covered && !wanted[p] {
-			wanted[p] = true
-			if !t.networks[p] {
-				add = append(add, p)
-			}
-		}
-	}
-	for p := range t.networks {
-		if !wanted[p] {
-			remove = append(remove, p)
-		}
-	}
-	return add, remove
+	clear(t.dropping)
 }
 
 // ErrMissing reports whether an Apply or Finish failed because an element it wanted to delete was not there, or one

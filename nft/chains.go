@@ -101,15 +101,42 @@ const (
 
 // verdictChains end a walk. They need no family: the maps they read hold numbers.
 func verdictChains() []chain {
-	denied := func(f family) rule {
-		return does(update{"denied" + f.suffix, key{metaMark, f.client, f.server}, counter{}}, goTo("denied"))
-	}
 	port := func(f field, by string) rule {
 		return does(assign{toPriority, key{metaPriority, metaL4Proto, f}, by}, dispatch{key{metaPriority}, "verdict"})
 	}
 	icmp := func(p compare) rule {
-		r := port(ctRequest, "access_icmp")
-		return does(append([]statement{p}, r.statements...)...)
+		return does(append([]statement{p}, port(ctRequest, "access_icmp").statements...)...)
+	}
+	return append(deniedChains(),
+		chain{name: "decide_rest", rules: []rule{
+			icmp(protocol(unix.IPPROTO_ICMP, "icmp")),
+			icmp(protocol(unix.IPPROTO_ICMPV6, "ipv6-icmp")),
+			does(assign{toPriority, key{metaPriority}, "access_rest"}, dispatch{key{metaPriority}, "verdict"}),
+			does(gotoDeny),
+		}},
+		chain{name: "decide_reply", rules: []rule{port(thSport, "access_port"), port(thSport, "access_range"), does(goTo("decide_rest"))}},
+		chain{name: "decide", rules: []rule{
+			does(compare{field: ctDirection, value: []byte{1}, shown: "reply"}, goTo("decide_reply")),
+			port(thDport, "access_port"), port(thDport, "access_range"), does(goTo("decide_rest")),
+		}},
+		chain{name: "evaluate", rules: []rule{
+			does(assign{toPriority, key{metaMark, metaPriority}, "access"}, goTo("decide")),
+			does(assign{toPriority, key{metaMark}, "access_others"}, goTo("decide")),
+			does(gotoDeny),
+		}},
+		chain{name: "allowed", rules: []rule{
+			does(constant{toPriority, 0, "none"}),
+			does(assign{toMark, key{ctMark}, ""}),
+			does(assign{toCtMark, key{metaNFProto}, "stamp"}),
+		}},
+		chain{name: "stray_drop", rules: []rule{does(counter{}, drop).noted("belongs to no live connection")}},
+	)
+}
+
+// deniedChains count, log and drop, and log for policies that ask for it.
+func deniedChains() []chain {
+	denied := func(f family) rule {
+		return does(update{"denied" + f.suffix, key{metaMark, f.client, f.server}, counter{}}, goTo("denied"))
 	}
 	fs := families()
 	return []chain{
@@ -126,28 +153,6 @@ func verdictChains() []chain {
 		}},
 		{name: "allow_log", rules: []rule{does(limit{1000, 1000}, logTo{LogGroupRule, "allow", 128})}},
 		{name: "deny_log", rules: []rule{does(limit{1000, 1000}, logTo{LogGroupRule, "deny", 128}), does(gotoDeny)}},
-		{name: "decide_rest", rules: []rule{
-			icmp(protocol(unix.IPPROTO_ICMP, "icmp")),
-			icmp(protocol(unix.IPPROTO_ICMPV6, "ipv6-icmp")),
-			does(assign{toPriority, key{metaPriority}, "access_rest"}, dispatch{key{metaPriority}, "verdict"}),
-			does(gotoDeny),
-		}},
-		{name: "decide_reply", rules: []rule{port(thSport, "access_port"), port(thSport, "access_range"), does(goTo("decide_rest"))}},
-		{name: "decide", rules: []rule{
-			does(compare{field: ctDirection, value: []byte{1}, shown: "reply"}, goTo("decide_reply")),
-			port(thDport, "access_port"), port(thDport, "access_range"), does(goTo("decide_rest")),
-		}},
-		{name: "evaluate", rules: []rule{
-			does(assign{toPriority, key{metaMark, metaPriority}, "access"}, goTo("decide")),
-			does(assign{toPriority, key{metaMark}, "access_others"}, goTo("decide")),
-			does(gotoDeny),
-		}},
-		{name: "allowed", rules: []rule{
-			does(constant{toPriority, 0, "none"}),
-			does(assign{toMark, key{ctMark}, ""}),
-			does(assign{toCtMark, key{metaNFProto}, "stamp"}),
-		}},
-		{name: "stray_drop", rules: []rule{does(counter{}, drop).noted("belongs to no live connection")}},
 	}
 }
 

@@ -42,9 +42,9 @@ type Table struct {
 
 	seq      uint64
 	pending  []pending
-	changed  map[policy.Key]bool // keys replaced in place since the last grace period
-	dropping map[policy.Key]bool // keys in the drops of pending
-	replaces bool                // this kernel never misses a key that one transaction replaces
+	changed  map[policy.Key]uint64 // keys replaced in place and the receipt, until its grace period is over
+	dropping map[policy.Key]bool   // keys in the drops of pending
+	replaces bool                  // this kernel never misses a key that one transaction replaces
 }
 
 // Binding is a pod's interface and one of its addresses.
@@ -196,11 +196,15 @@ func (t *Table) File() (*os.File, error) {
 // Port is the netlink port of the table's commits, for Options.Port of Watch.
 func (t *Table) Port() uint32 { return t.conn.port }
 
-// State reads the table back from the kernel. Later changes are differences from it.
+// State reads the table back from the kernel. Later changes are differences from it. Elements that a Finish still
+// owed will delete are not part of it.
 func (t *Table) State(ctx context.Context) (State, error) {
 	s, err := t.readState(ctx)
 	if err != nil {
 		return State{}, fmt.Errorf("read table inet %s: %w", TableName, err)
+	}
+	for k := range t.dropping {
+		delete(s.Tables, k)
 	}
 	t.remember(s)
 	t.stale = t.stale || s.Epoch != t.epoch

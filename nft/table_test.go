@@ -308,3 +308,33 @@ func TestKernelConflicts(t *testing.T) {
 		t.Errorf("%v, want the third value", got)
 	}
 }
+
+// TestKernelOwedDrops: what Finish will delete is no longer part of the state, and a foreign edit does not make it
+// fail for ever.
+func TestKernelOwedDrops(t *testing.T) {
+	needNft(t)
+	namespace(t)
+	table := open(t, nft.Options{})
+	k, other := podID("10.0.0.1"), podID("10.0.0.2")
+	apply(t, table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{{put(k, 1), put(other, 2)}}}})
+	r := apply(t, table, nft.Change{Delta: policy.Delta{Drops: []policy.Op{del(k), del(other)}, Revokes: true}})
+	if got := state(t, table).Tables; len(got) != 0 {
+		t.Errorf("the state holds what is about to be deleted: %v", got)
+	}
+	runNft(t, "delete", "element", "inet", nft.TableName, "pod_id4", "{ 10.0.0.1 }")
+	before := state(t, table).Epoch
+	if err := table.Finish(context.Background(), r.Seq); !nft.ErrMissing(err) || !strings.Contains(err.Error(), "pod_id4 10.0.0.1") {
+		t.Errorf("Finish after a foreign deletion: %v", err)
+	}
+	if got := state(t, table).Tables; len(got) != 1 {
+		t.Errorf("what is left must show again: %v", got)
+	}
+	if err := table.Finish(context.Background(), r.Seq); err != nil {
+		t.Errorf("Finish for the second time: %v", err)
+	}
+	if state(t, table).Epoch == before {
+		t.Error("the second bump was forgotten")
+	}
+	r = apply(t, table, nft.Change{Delta: policy.Delta{Drops: []policy.Op{del(other)}}})
+	finish(t, table, r)
+}
