@@ -192,7 +192,9 @@ func referenceDir() string {
 	return filepath.Join(os.TempDir(), "nftcni-reference-plugins-v1.9.0")
 }
 
-func referencePlugins() []string { return []string{"ipam/host-local", "ipam/static", "main/bridge"} }
+func referencePlugins() []string {
+	return []string{"ipam/host-local", "ipam/static", "main/bridge", "main/ptp"}
+}
 
 // installReference builds the reference plugins, once per machine.
 func installReference() error {

@@ -32,6 +32,8 @@ import (
 const (
 	envNode  = "NFTCNI_TEST_NODE"  // "yes": this process is in a network namespace of its own; else why not
 	envFault = "NFTCNI_TEST_FAULT" // step after which the plugin kills itself
+	// envPlugin is the product's binary, to measure it instead of this one.
+	envPlugin = "NFTCNI_TEST_PLUGIN"
 )
 
 // TestMain lets the test binary play two more parts: the node, by starting itself again
@@ -132,6 +134,9 @@ func newNode(t testing.TB) *node {
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if real := os.Getenv(envPlugin); real != "" {
+		self = real
 	}
 	for _, name := range []string{"nftcni", "nftcni-ipam"} {
 		if err := os.Symlink(self, filepath.Join(n.bin, name)); err != nil {
