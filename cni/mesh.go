@@ -9,6 +9,7 @@ import (
 	"path"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -41,6 +42,9 @@ const (
 	DefaultWireGuardPort = 4794 // to 4797
 )
 
+// kernelTimeout is for one answer of the kernel: without it a lost one would hold the mesh for ever.
+const kernelTimeout = 10 * time.Second
+
 // Metrics of the mesh's routes. Lower than what network daemons give their own, and
 // another than the 0 of the routes to local pods, so that each finds what is its own.
 const (
@@ -69,10 +73,13 @@ type MeshConfig struct {
 	// AllowPlaintext lets traffic to peers without a public key leave unencrypted while
 	// encryption is being switched on in a cluster. Without it their pods are unreachable.
 	AllowPlaintext bool
-	MTU            int    // of pods, 1280 to 65535; 0 takes it from the paths to the peers
-	StateDir       string // holds the private key, default DefaultStateDir
-	NetNS          int    // file descriptor of a network namespace; 0: the caller's
-	Log            *slog.Logger
+	// PodNetworks are those of all pods of the cluster, if known. What of them no Node has (yet) is unreachable
+	// instead of leaving through the default route. No node's address may be inside.
+	PodNetworks []netip.Prefix
+	MTU         int    // of pods, 1280 to 65535; 0 takes it from the paths to the peers
+	StateDir    string // holds the private key, default DefaultStateDir
+	NetNS       int    // file descriptor of a network namespace; 0: the caller's
+	Log         *slog.Logger
 }
 
 // Peer is a node as the mesh sees it. Order means nothing, except that the first address
@@ -126,10 +133,19 @@ func NewMesh(cfg MeshConfig) (*Mesh, error) {
 }
 
 func openMeshKernel(ns int) (*netlink.Handle, error) {
-	if ns == 0 {
-		return netlink.NewHandle(unix.NETLINK_ROUTE)
+	open := func() (*netlink.Handle, error) { return netlink.NewHandle(unix.NETLINK_ROUTE) }
+	if ns != 0 {
+		open = func() (*netlink.Handle, error) { return netlink.NewHandleAt(netns.NsHandle(ns), unix.NETLINK_ROUTE) }
 	}
-	return netlink.NewHandleAt(netns.NsHandle(ns), unix.NETLINK_ROUTE)
+	kernel, err := open()
+	if err != nil {
+		return nil, err
+	}
+	if err := kernel.SetSocketTimeout(kernelTimeout); err != nil {
+		kernel.Close()
+		return nil, err
+	}
+	return kernel, nil
 }
 
 func (c *MeshConfig) complete() error {
@@ -158,6 +174,11 @@ func (c *MeshConfig) complete() error {
 		return fmt.Errorf("mesh port %d is one of the four wireguard ports from %d on: both are UDP, use another", c.Port, c.WireGuardPort)
 	case c.MTU != 0 && (c.MTU < 1280 || c.MTU > 65535):
 		return fmt.Errorf("mesh mtu is %d: it takes 0 or 1280 to 65535 (IPv6 needs 1280)", c.MTU)
+	}
+	for _, p := range c.PodNetworks {
+		if reason := unfitPodCIDR(p); reason != "" {
+			return fmt.Errorf("mesh pod network %s %s", p, reason)
+		}
 	}
 	return c.Node.check()
 }

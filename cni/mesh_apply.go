@@ -204,12 +204,9 @@ func (w *meshWriter) dropDevices(want *meshState) {
 		if !exists || want.tunnels[name] != nil {
 			continue
 		}
-		w.do("remove "+name, func() error {
-			if err := w.kernel.LinkDel(l.Link); err != nil && !errors.Is(err, unix.ENODEV) {
-				return err
-			}
-			return nil
-		})
+		if w.do("remove "+name, func() error { return gone(w.kernel.LinkDel(l.Link)) }) {
+			w.forget(name)
+		}
 	}
 }
 

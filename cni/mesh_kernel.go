@@ -29,7 +29,7 @@ type meshLink struct {
 	mtu int
 	// broadcast: a neighbour there can forward to others what is sent to it. False for
 	// loopback and point-to-point links, whose other end takes only what it knows.
-	broadcast bool
+	broadcast, loopback bool
 }
 
 type meshAddr struct {
@@ -69,7 +69,7 @@ func (m *Mesh) readLinks() (*meshView, error) {
 			continue
 		}
 		v.names[a.Index] = a.Name
-		v.links[a.Name] = meshLink{Link: l, mtu: a.MTU,
+		v.links[a.Name] = meshLink{Link: l, mtu: a.MTU, loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
 			broadcast: a.RawFlags&unix.IFF_BROADCAST != 0 && a.RawFlags&(unix.IFF_POINTOPOINT|unix.IFF_NOARP|unix.IFF_LOOPBACK) == 0}
 	}
 	addrs, err := again(func() ([]netlink.Addr, error) { return m.kernel.AddrList(nil, netlink.FAMILY_ALL) })

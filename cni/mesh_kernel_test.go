@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"bytes"
 	"fmt"
 	"net"
 	"net/netip"
@@ -144,7 +145,7 @@ func (n *labNode) dump() string {
 		for gateway, mac := range e.neigh {
 			list = append(list, fmt.Sprintf("%s neighbour %s %s", name, gateway, mac))
 		}
-		addrs, err := n.h.AddrList(link.Link, netlink.FAMILY_ALL)
+		addrs, err := again(func() ([]netlink.Addr, error) { return n.h.AddrList(link.Link, netlink.FAMILY_ALL) })
 		n.must(err)
 		for _, a := range addrs {
 			list = append(list, fmt.Sprintf("%s address %s", name, a.IPNet))
@@ -320,4 +321,60 @@ func cpuTime() time.Duration {
 	var u unix.Rusage
 	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Round(time.Millisecond)
+}
+
+// What pods and their links do all day wakes nobody; what a path depends on does.
+func TestKernelMeshIgnoresPods(t *testing.T) {
+	l := newLab(t, dual, MeshConfig{})
+	l.set()
+	n := l.nodes[0]
+	conn, err := listenMesh(int(n.fd))
+	n.must(err)
+	defer conn.Close()
+	// heard tells whether anything that is done matters. A foreign route is the last message.
+	last := byte(0)
+	heard := func(do func()) bool {
+		do()
+		last++
+		n.route(fmt.Sprintf("203.0.113.%d/32", last), "192.168.1.254", "eth0")
+		matters := 0
+		for {
+			msgs, err := conn.Receive()
+			n.must(err)
+			for _, msg := range msgs {
+				if !n.mesh.matters(msg) {
+					continue
+				}
+				if matters++; bytes.Contains(msg.Data, []byte{203, 0, 113, last}) {
+					return matters > 1
+				}
+			}
+		}
+	}
+	pod := newLabNS(t)
+	const veth = "nft0000000000ff"
+	woken := heard(func() {
+		n.wire(veth, pod, "eth0")
+		n.addr(veth, "fe80::1/64")
+		r := netlink.Route{Dst: hostNet(netip.MustParseAddr("10.244.1.9")), LinkIndex: n.link(veth).Attrs().Index, Scope: netlink.SCOPE_LINK, Protocol: RouteProtocol}
+		n.must(n.h.RouteAdd(&r))
+		n.must(n.h.NeighSet(&netlink.Neigh{LinkIndex: n.link(veth).Attrs().Index, Family: unix.AF_INET, State: netlink.NUD_PERMANENT, IP: net.IPv4(10, 244, 1, 9), HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 1}}))
+		n.must(n.h.RouteDel(&r))
+		n.must(n.h.LinkDel(n.link(veth)))
+	})
+	if woken {
+		t.Error("a pod that comes and goes wakes the mesh")
+	}
+	for name, do := range map[string]func(){
+		"a link":     func() { n.must(n.h.LinkSetMTU(n.link("eth0"), 1490)) },
+		"an address": func() { n.addr("eth0", "192.168.7.1/24") },
+		"our route":  func() { n.unroute("10.244.2.0/24", meshMetric) },
+		"our entry": func() {
+			n.must(n.h.NeighDel(tunnelNeigh(n.link(VXLANDevice4).Attrs().Index, netip.MustParseAddr("10.244.3.0"), hwAddr{})))
+		},
+	} {
+		if !heard(do) {
+			t.Errorf("%s that changes wakes nobody", name)
+		}
+	}
 }

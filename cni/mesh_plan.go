@@ -2,6 +2,7 @@ package cni
 
 import (
 	"net/netip"
+	"slices"
 )
 
 // A meshState is everything the mesh wants the kernel to hold.
@@ -47,6 +48,7 @@ func (c *MeshConfig) planMesh(self Peer, peers []Peer, v *meshView) (*meshState,
 	p.rep.Addrs = p.addrs.list()
 	p.checkOwn()
 	p.claimOwn()
+	p.fenceAll()
 	members := p.claim(peers)
 	if c.Mode != MeshNone {
 		for _, m := range members {
@@ -81,6 +83,20 @@ func (p *meshPlan) claimOwn() {
 		p.host.add(cidr.Addr())
 	}
 	p.rep.HostAddrs = p.host.list()
+}
+
+// fenceAll keeps traffic to pods of nodes that are not known (yet) from leaving through the default route.
+func (p *meshPlan) fenceAll() {
+	for _, cidr := range p.cfg.PodNetworks {
+		inside := slices.IndexFunc(p.rep.Addrs, cidr.Contains)
+		switch {
+		case p.cfg.Mode == MeshNone:
+		case inside >= 0:
+			p.rep.problem("", "pod network %s contains address %s of this node and is not fenced: give the pods a network of their own", cidr, p.rep.Addrs[inside])
+		default:
+			p.fence(cidr.Masked())
+		}
+	}
 }
 
 // fence adds the route that shows when a better one to cidr does not exist (any more).
@@ -199,10 +215,11 @@ func (p *meshPlan) peer(m member) {
 	if len(m.PodCIDRs) == 0 {
 		return // nothing there to reach, for example a Node that has just been created
 	}
+	if p.cfg.Encrypt == EncryptWireGuard && p.encrypted(m) {
+		return
+	}
 	if len(m.addrs.list()) == 0 {
 		p.rep.problem(m.Name, "it has no address that can be used: its Node needs an InternalIP")
-	}
-	if p.cfg.Encrypt == EncryptWireGuard && p.encrypted(m) {
 		return
 	}
 	for _, cidr := range m.PodCIDRs {
@@ -301,10 +318,10 @@ func (p *meshPlan) finishMTU(members []member) {
 	}
 	for i, a := range p.addrs {
 		link, ok := p.view.has(a)
-		if !ok {
+		mtu := p.view.links[link].mtu
+		if !ok || p.view.links[link].loopback { // packets leave through another link, not known without a peer
 			continue
 		}
-		mtu := p.view.links[link].mtu
 		for name, t := range p.state.tunnels {
 			if t.mtu == 0 && (isWireGuardDevice(name) || t.local == p.addrs[i]) {
 				t.mtu = mtu - p.overhead(name, a)

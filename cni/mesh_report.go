@@ -57,5 +57,11 @@ type Report struct {
 }
 
 func (r *Report) problem(peer, format string, args ...any) {
-	r.Problems = append(r.Problems, MeshProblem{peer, fmt.Sprintf(format, args...)})
+	p := MeshProblem{peer, fmt.Sprintf(format, args...)}
+	for i := len(r.Problems) - 1; i >= 0 && r.Problems[i].Peer == peer; i-- {
+		if r.Problems[i] == p { // of another network of the same peer
+			return
+		}
+	}
+	r.Problems = append(r.Problems, p)
 }

@@ -30,14 +30,9 @@ const (
 // a change in the kernel Run does nothing at all. It returns when ctx ends, with its error, or when the kernel
 // cannot be followed.
 func (m *Mesh) Run(ctx context.Context, changed func(Report, error)) error {
-	conn, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{NetNS: m.cfg.NetNS})
+	conn, err := listenMesh(m.cfg.NetNS)
 	if err != nil {
 		return fmt.Errorf("follow links and routes: %w", err)
-	}
-	for _, group := range []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE} {
-		if err := conn.JoinGroup(group); err != nil {
-			return errors.Join(fmt.Errorf("follow links and routes, group %d: %w", group, err), conn.Close())
-		}
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
 	events := make(chan struct{}, 1)
@@ -50,6 +45,19 @@ func (m *Mesh) Run(ctx context.Context, changed func(Report, error)) error {
 		err = <-ended
 	}
 	return errors.Join(err, conn.Close())
+}
+
+func listenMesh(ns int) (*netlink.Conn, error) {
+	conn, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{NetNS: ns})
+	if err != nil {
+		return nil, err
+	}
+	for _, group := range []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE} {
+		if err := conn.JoinGroup(group); err != nil {
+			return nil, errors.Join(fmt.Errorf("join group %d: %w", group, err), conn.Close())
+		}
+	}
+	return conn, nil
 }
 
 // listen turns messages into at most one waiting event.
@@ -130,7 +138,7 @@ func sameReport(a, b Report) bool {
 func (m *Mesh) matters(msg netlink.Message) bool {
 	switch uint16(msg.Header.Type) {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		return !isHostInterface(attribute(msg.Data, unix.SizeofIfInfomsg, unix.IFLA_IFNAME))
+		return !isHostInterface(unix.ByteSliceToString(attribute(msg.Data, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)))
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 		return len(msg.Data) >= unix.SizeofNdMsg && m.isTunnel(int(binary.NativeEndian.Uint32(msg.Data[4:])))
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
@@ -155,7 +163,10 @@ func routeMatters(data []byte) bool {
 	case protocol == uint8(RouteProtocol):
 		return !host
 	}
-	return true
+	// Every link has fe80::/64. Other routes of the kernel count although they come with an
+	// address: that is announced before its route is there to be found.
+	dst := attribute(data, unix.SizeofRtMsg, unix.RTA_DST)
+	return len(dst) != 16 || dst[0] != 0xfe || dst[1]&0xc0 != 0x80
 }
 
 func (m *Mesh) isTunnel(index int) bool {
@@ -167,19 +178,19 @@ func (m *Mesh) isTunnel(index int) bool {
 	return false
 }
 
-// attribute returns a string attribute behind a fixed header.
-func attribute(data []byte, header int, kind uint16) string {
+// attribute returns one attribute behind a fixed header, nil if it is not there.
+func attribute(data []byte, header int, kind uint16) []byte {
 	if len(data) < header {
-		return ""
+		return nil
 	}
 	ad, err := netlink.NewAttributeDecoder(data[header:])
 	if err != nil {
-		return ""
+		return nil
 	}
 	for ad.Next() {
 		if ad.Type() == kind {
-			return ad.String()
+			return ad.Bytes()
 		}
 	}
-	return ""
+	return nil
 }

@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/vishvananda/netlink"
 )
 
 func TestKernelProbePath(t *testing.T) {
@@ -52,4 +55,37 @@ func setMTU(n *labNS, link string, mtu int) {
 	if err := n.h.LinkSetMTU(n.link(link), mtu); err != nil {
 		n.t.Fatal(fmt.Errorf("set MTU of %s to %d: %w", link, mtu, err))
 	}
+}
+
+func TestKernelSetPodMTU(t *testing.T) {
+	n := newNode(t)
+	l, fixed := n.list("1.1.0", dualStack), n.list("1.1.0", `{"mtu": 1300, `+dualStack[1:])
+	a, b := n.runtime("a", n.pod("a")), n.runtime("b", n.pod("b"))
+	n.mustAdd(l, a) // 1450, as the agent says
+	n.mustAdd(fixed, b)
+	if err := SetPodMTU(t.Context(), n.run, 1450, 1400); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []struct {
+		rt  *libcni.RuntimeConf
+		mtu int
+	}{{a, 1400}, {b, 1300}} {
+		host, err := netlink.LinkByName(HostInterface(want.rt.ContainerID, want.rt.IfName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pod, err := podHandle(t, want.rt.NetNS).LinkByName(want.rt.IfName)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if host.Attrs().MTU != want.mtu || pod.Attrs().MTU != want.mtu {
+			t.Errorf("%s has %d on the node and %d inside, want %d", want.rt.ContainerID, host.Attrs().MTU, pod.Attrs().MTU, want.mtu)
+		}
+	}
+	n.kill("b")
+	if err := SetPodMTU(t.Context(), n.run, 1300, 1400); err != nil {
+		t.Errorf("a pod whose namespace is gone: %v", err)
+	}
+	n.mustDel(l, a)
+	n.mustDel(fixed, b)
 }
