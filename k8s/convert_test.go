@@ -1,6 +1,7 @@
 package k8s
 
 import (
+	"encoding/json"
 	"net/netip"
 	"strings"
 	"testing"
@@ -168,6 +169,22 @@ func TestObjectRefusals(t *testing.T) {
 			}
 			t.Errorf("the other document is lost: %v", got)
 		})
+	}
+}
+
+func TestProblemJSON(t *testing.T) {
+	for _, want := range []Problem{{Message: "m"}, {Severity: Refused, File: "f", Document: 1, Line: 2, Object: "o", Field: "x", Message: "m", Effect: "e", Remedy: "r"}} {
+		b, err := json.Marshal(want)
+		must(t, err)
+		var got Problem
+		must(t, json.Unmarshal(b, &got))
+		if got != want {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+	var s Severity
+	if err := s.UnmarshalText([]byte("x")); err != nil || s != Refused {
+		t.Errorf("an unknown severity is %v, %v", s, err)
 	}
 }
 
