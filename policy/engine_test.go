@@ -65,7 +65,8 @@ func (f *follower) follow(d policy.Delta) error {
 	if err := f.tables.Apply(d.Drops); err != nil {
 		return fmt.Errorf("drops: %w", err)
 	}
-	if diff := cmp.Diff(f.e.Tables(), f.tables, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+	if want := f.e.Tables(); !maps.Equal(want, f.tables) {
+		diff := cmp.Diff(want, f.tables, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }))
 		return fmt.Errorf("engine's tables (-) and the applied deltas (+) differ:\n%s", diff)
 	}
 	f.old = now
@@ -153,7 +154,8 @@ func (f *follower) compare() error {
 		return fmt.Errorf("tidy: %w", err)
 	}
 	want := policy.Compile(f.e.Cluster(), policytest.Node(0)).Tables
-	if diff := cmp.Diff(strings.Split(policy.Canonical(want), "\n"), strings.Split(policy.Canonical(f.tables), "\n")); diff != "" {
+	if want, got := policy.Canonical(want), policy.Canonical(f.tables); want != got {
+		diff := cmp.Diff(strings.Split(want, "\n"), strings.Split(got, "\n"))
 		return fmt.Errorf("from scratch (-) and incremental (+) differ:\n%s", diff)
 	}
 	return nil

@@ -80,6 +80,9 @@ type Node struct {
 	Labels   Labels
 	Addrs    []netip.Addr   // status.addresses of type InternalIP
 	PodCIDRs []netip.Prefix // spec.podCIDRs
+	// PublicKey is what the node published for encryption between nodes; it is carried
+	// for the routing and means nothing to policy.
+	PublicKey string
 }
 
 // Pod is a v1 Pod stripped to what policy reads.

@@ -1,0 +1,305 @@
+package policy_test
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"reflect"
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/nftcni/nftcni/policy"
+	"github.com/nftcni/nftcni/policy/policytest"
+)
+
+const metamorphicSeeds = 80
+
+func TestShuffledInputCompilesToTheSameTables(t *testing.T) {
+	for seed := range uint64(metamorphicSeeds) {
+		c := policytest.New(seed, policytest.Options{Tiers: seed%2 == 0}).Cluster()
+		want := policy.Compile(c, policytest.Node(0))
+		s := &policy.Cluster{
+			Namespaces: slices.Clone(c.Namespaces), Pods: slices.Clone(c.Pods), Nodes: slices.Clone(c.Nodes), Policies: slices.Clone(c.Policies),
+		}
+		r := rand.New(rand.NewPCG(seed, 2))
+		r.Shuffle(len(s.Namespaces), func(i, j int) { s.Namespaces[i], s.Namespaces[j] = s.Namespaces[j], s.Namespaces[i] })
+		r.Shuffle(len(s.Pods), func(i, j int) { s.Pods[i], s.Pods[j] = s.Pods[j], s.Pods[i] })
+		r.Shuffle(len(s.Policies), func(i, j int) { s.Policies[i], s.Policies[j] = s.Policies[j], s.Policies[i] })
+		got := policy.Compile(s, policytest.Node(0))
+		if !reflect.DeepEqual(want, got) {
+			diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }))
+			t.Fatalf("seed %d: sorted (-), shuffled (+):\n%s", seed, diff)
+		}
+	}
+}
+
+// networkPolicy is a policy of NetworkPolicy's kind for one direction.
+func networkPolicy(ns, name string, subject policy.Selector, d policy.Direction, rules ...policy.Rule) policy.Policy {
+	p := policy.Policy{
+		ID:   policy.PolicyID{Kind: "NetworkPolicy", Name: policy.Name{Namespace: ns, Name: name}},
+		Tier: policy.TierNamespaced, Isolates: true, Subject: policy.PodSelector{Namespace: ns, Pods: subject},
+	}
+	p.Applies[d] = true
+	p.Rules[d] = rules
+	return p
+}
+
+func TestAddingOnlyOpensOrOnlyCloses(t *testing.T) {
+	for seed := range uint64(metamorphicSeeds) {
+		g := policytest.New(seed, policytest.Options{})
+		c := g.Cluster()
+		e := policy.NewEngine(policytest.Node(0))
+		e.Replace(c)
+		i := slices.IndexFunc(c.Policies, func(p policy.Policy) bool { return p.Applies[policy.Ingress] })
+		more := c.Policies[i]
+		more.Rules[policy.Ingress] = append(slices.Clone(more.Rules[policy.Ingress]), policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{}}}})
+		before := e.Tables().Index()
+		if d := e.Apply(policy.Event{Policy: &more}); d.Revokes {
+			t.Errorf("seed %d: an added rule revokes", seed)
+		}
+		after := e.Tables().Index()
+		isolate := networkPolicy("ns0", "isolate", policy.Selector{}, policy.Egress)
+		e.Apply(policy.Event{Policy: &isolate})
+		closed := e.Tables().Index()
+		for range 300 {
+			f := g.Flow(c)
+			b, a, z := policy.DecideWith(before, f).Allowed, policy.DecideWith(after, f).Allowed, policy.DecideWith(closed, f).Allowed
+			if b && !a {
+				t.Errorf("seed %d: an added rule closes %+v", seed, f)
+			}
+			if z && !a {
+				t.Errorf("seed %d: isolation opens %+v", seed, f)
+			}
+		}
+		if d := e.Apply(policy.Event{Delete: true, Policy: &isolate}); d.Revokes {
+			t.Errorf("seed %d: the end of an isolation revokes", seed)
+		}
+	}
+}
+
+// rename gives every namespace and label value another name, consistently.
+func rename(c *policy.Cluster) *policy.Cluster {
+	labels := func(l policy.Labels) policy.Labels {
+		m := map[string]string{}
+		for k, v := range l.All() {
+			m["x-"+k] = "y-" + v
+		}
+		return policy.MakeLabels(m)
+	}
+	selector := func(s policy.Selector) policy.Selector {
+		var out policy.Selector
+		for _, r := range s.Requirements {
+			n := policy.Requirement{Key: "x-" + r.Key, Op: r.Op}
+			for _, v := range r.Values {
+				n.Values = append(n.Values, "y-"+v)
+			}
+			out.Requirements = append(out.Requirements, n)
+		}
+		return out
+	}
+	namespace := func(n string) string {
+		if n == "" {
+			return ""
+		}
+		return "z-" + n
+	}
+	pods := func(s policy.PodSelector) policy.PodSelector {
+		return policy.PodSelector{Namespace: namespace(s.Namespace), Namespaces: selector(s.Namespaces), Pods: selector(s.Pods)}
+	}
+	peers := func(in []policy.Peer) []policy.Peer {
+		out := slices.Clone(in)
+		for i, p := range out {
+			if p.Pods != nil {
+				s := pods(*p.Pods)
+				out[i].Pods = &s
+			}
+		}
+		return out
+	}
+	out := &policy.Cluster{Nodes: c.Nodes}
+	for _, n := range c.Namespaces {
+		out.Namespaces = append(out.Namespaces, policy.Namespace{Name: namespace(n.Name), Labels: labels(n.Labels)})
+	}
+	for _, p := range c.Pods {
+		p.Namespace, p.Labels = namespace(p.Namespace), labels(p.Labels)
+		out.Pods = append(out.Pods, p)
+	}
+	for _, p := range c.Policies {
+		p.ID.Namespace, p.Subject = namespace(p.ID.Namespace), pods(p.Subject)
+		for _, d := range policy.Directions {
+			p.Rules[d] = slices.Clone(p.Rules[d])
+			for i := range p.Rules[d] {
+				p.Rules[d][i].Peers, p.Rules[d][i].NotPeers = peers(p.Rules[d][i].Peers), peers(p.Rules[d][i].NotPeers)
+			}
+		}
+		out.Policies = append(out.Policies, p)
+	}
+	return out
+}
+
+func TestRenamingChangesNothing(t *testing.T) {
+	for seed := range uint64(metamorphicSeeds) {
+		c := policytest.New(seed, policytest.Options{Tiers: seed%2 == 0}).Cluster()
+		want, got := policy.Compile(c, policytest.Node(0)).Tables, policy.Compile(rename(c), policytest.Node(0)).Tables
+		if !maps.Equal(want, got) {
+			t.Fatalf("seed %d: renaming namespaces and labels changes the tables", seed)
+		}
+	}
+}
+
+// twin maps a v4 cluster's addresses into v6.
+func twin(a netip.Addr) netip.Addr {
+	b := a.As4()
+	return netip.AddrFrom16([16]byte{0xfd, 0x77, 12: b[0], 13: b[1], 14: b[2], 15: b[3]})
+}
+
+func TestFamiliesAreTwins(t *testing.T) {
+	prefix := func(p netip.Prefix) netip.Prefix { return netip.PrefixFrom(twin(p.Addr()), 96+p.Bits()) }
+	for seed := range uint64(metamorphicSeeds) {
+		g := policytest.New(seed, policytest.Options{Tiers: seed%2 == 0})
+		c, six := g.Cluster(), &policy.Cluster{}
+		six.Namespaces = c.Namespaces
+		for i := range c.Pods {
+			c.Pods[i].Addrs = slices.DeleteFunc(c.Pods[i].Addrs, netip.Addr.Is6)
+			p := c.Pods[i]
+			p.Addrs = nil
+			for _, a := range c.Pods[i].Addrs {
+				p.Addrs = append(p.Addrs, twin(a))
+			}
+			six.Pods = append(six.Pods, p)
+		}
+		for _, p := range c.Policies {
+			for _, d := range policy.Directions {
+				p.Rules[d] = slices.Clone(p.Rules[d])
+				for i, r := range p.Rules[d] {
+					p.Rules[d][i].Peers, p.Rules[d][i].NotPeers = twinPeers(r.Peers, prefix), twinPeers(r.NotPeers, prefix)
+				}
+			}
+			six.Policies = append(six.Policies, p)
+		}
+		a, b := policy.Compile(c, policytest.Node(0)).Tables.Index(), policy.Compile(six, policytest.Node(0)).Tables.Index()
+		for range 300 {
+			f := g.Flow(c)
+			if f.Src.Is6() {
+				continue
+			}
+			got, want := policy.DecideWith(b, policy.Flow{Src: twin(f.Src), Dst: twin(f.Dst), Protocol: f.Protocol, Port: f.Port}), policy.DecideWith(a, f)
+			if got.Allowed != want.Allowed {
+				t.Fatalf("seed %d: %+v: v4 allowed=%v, v6 allowed=%v", seed, f, want.Allowed, got.Allowed)
+			}
+		}
+	}
+}
+
+// twinPeers maps v4 blocks to v6; v6 blocks, which no v4 address is in, to one no twin is in.
+func twinPeers(in []policy.Peer, prefix func(netip.Prefix) netip.Prefix) []policy.Peer {
+	out := slices.Clone(in)
+	for i, p := range out {
+		if p.Block == nil {
+			continue
+		}
+		b := policy.Block{CIDR: netip.MustParsePrefix("2001:db8:ffff::/64")}
+		if p.Block.CIDR.Addr().Is4() {
+			b.CIDR = prefix(p.Block.CIDR)
+			for _, e := range p.Block.Except {
+				b.Except = append(b.Except, prefix(e))
+			}
+		}
+		out[i].Block = &b
+	}
+	return out
+}
+
+// TestDeltasAreMinimal counts ops: they depend on what changed, not on what there is.
+func TestDeltasAreMinimal(t *testing.T) {
+	sizes := []shape{{pods: 1000, policies: 500, namespaces: 50, local: 50}, {pods: 50000, policies: 500, namespaces: 50, local: 50}}
+	if testing.Short() {
+		sizes = sizes[:1]
+	}
+	all := policy.Selector{}
+	app := func(v string) policy.Selector {
+		return policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{v}}}}
+	}
+	for _, s := range sizes {
+		t.Run(s.String(), func(t *testing.T) {
+			c := s.cluster()
+			everyone := networkPolicy("ns0", "everyone", all, policy.Ingress, policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{Pods: app("app1")}}}})
+			c.Policies = append(c.Policies, everyone)
+			e := policy.NewEngine("here")
+			e.Replace(c)
+			remote, local := s.pod(s.pods-1), s.pod(0)
+			remote.Labels = policy.MakeLabels(map[string]string{"app": "app1"})
+			relabelled := remote
+			relabelled.Labels = policy.MakeLabels(map[string]string{"app": "app3", "release": "new"})
+			isolate := networkPolicy("ns0", "isolate", all, policy.Egress)
+			nobody := networkPolicy("ns0", "nobody", app("none"), policy.Ingress)
+			for _, step := range []struct {
+				name string
+				ev   policy.Event
+				max  int
+			}{
+				{"remote pod becomes a peer", policy.Event{Pod: &remote}, 3},
+				{"remote pod is a peer no more", policy.Event{Pod: &relabelled}, 2},
+				{"remote pod is one again", policy.Event{Pod: &remote}, 2},
+				{"remote pod goes", policy.Event{Pod: &remote, Delete: true}, 1},
+				{"remote pod comes", policy.Event{Pod: &remote}, 1},
+				{"local pod goes", policy.Event{Pod: &local, Delete: true}, 5},
+				{"local pod comes", policy.Event{Pod: &local}, 5},
+				{"policy that selects no pod", policy.Event{Policy: &nobody}, 0},
+				{"policy goes", policy.Event{Policy: &nobody, Delete: true}, 0},
+				{"policy isolates the local pods of a namespace", policy.Event{Policy: &isolate}, 5 * s.local},
+				{"and goes", policy.Event{Policy: &isolate, Delete: true}, 5 * s.local},
+			} {
+				if n := opsOf(e.Apply(step.ev)); n > step.max {
+					t.Errorf("%s: %d ops, want at most %d", step.name, n, step.max)
+				}
+			}
+		})
+	}
+}
+
+func opsOf(d policy.Delta) int {
+	n := 0
+	for _, s := range d.Steps {
+		n += len(s)
+	}
+	return n
+}
+
+// TestSplitOfHalfThePods bounds the steps of the worst case: a selector that halves a class.
+func TestSplitOfHalfThePods(t *testing.T) {
+	f := newFollower(1, policytest.Options{})
+	f.flows = 0
+	s := shape{pods: 20000, policies: 0, namespaces: 10, local: 0}
+	c := s.cluster()
+	for i := range c.Pods {
+		c.Pods[i].Node = policytest.Node(1 + i%2)
+		c.Pods[i].Labels = policy.MakeLabels(map[string]string{"app": fmt.Sprint("app", i%2)})
+	}
+	c.Pods[0].Node = policytest.Node(0)
+	c.Policies = []policy.Policy{networkPolicy(c.Pods[0].Namespace, "all", policy.Selector{}, policy.Ingress, policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{}}}})}
+	if err := f.follow(f.e.Replace(c)); err != nil {
+		t.Fatal(err)
+	}
+	half := networkPolicy(c.Pods[0].Namespace, "half", policy.Selector{}, policy.Egress, policy.Rule{Peers: []policy.Peer{{
+		Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{"app0"}}}}},
+	}}})
+	d := f.e.Apply(policy.Event{Policy: &half})
+	for i, step := range d.Steps {
+		if len(step) > 2000 {
+			t.Errorf("step %d has %d ops, want at most 2000", i, len(step))
+		}
+	}
+	if n := opsOf(d); n > 20100 {
+		t.Errorf("%d ops for half of 20,000 pods, want a delete and an add for each of 10,000", n)
+	}
+	if err := f.follow(d); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.compare(); err != nil {
+		t.Fatal(err)
+	}
+}
