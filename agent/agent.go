@@ -35,6 +35,8 @@ type Options struct {
 	KeepSocket  func(*os.File) error
 	// Publish tells other nodes the addresses of attached pods; nil: nobody to tell.
 	Publish PublishFunc
+	// PublishKey makes this node's public keys known to the others; nil: nobody to tell.
+	PublishKey func(ctx context.Context, key string) error
 	// Version is what the metrics say this is.
 	Version string
 }
@@ -56,9 +58,16 @@ func Run(ctx context.Context, o Options) error {
 		return fmt.Errorf("open table: %w", err)
 	}
 	opts.Socket = nil // it is in use
+	routes, err := newMesh(o.Config, o.Log)
+	if err != nil {
+		return errors.Join(err, table.Close())
+	}
 	keepSocket(o, table)
 	l := newLoop(o.Config, o.Log, table)
-	l.waitForPods = o.WaitForPods
+	l.waitForPods, l.mesh = o.WaitForPods, routes
+	if routes != nil {
+		routes.publishKey = o.PublishKey
+	}
 	l.reopen = func(ctx context.Context) (dataplane, error) {
 		t, err := nft.Open(ctx, opts)
 		if err == nil {
@@ -145,6 +154,9 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 	start("watch", func() error { return l.watch(ctx) })
 	if l.publish != nil {
 		start("publish", func() error { return l.publish.run(ctx) })
+	}
+	if l.mesh != nil {
+		start("mesh", func() error { return l.mesh.run(ctx) })
 	}
 	start("orphans", func() error { return l.reconcile(ctx) })
 	o.told("listening", o.Listening)

@@ -44,6 +44,8 @@ type Config struct {
 	PodCIDRs []netip.Prefix `json:"podCIDRs,omitempty"`
 	// MTU of pods; default: the plugin takes the uplink's.
 	MTU int `json:"mtu,omitempty"`
+	// Mesh is how pods of this node reach those of others.
+	Mesh MeshConfig `json:"mesh,omitzero"`
 	// PodWait bounds how long an attachment waits until the source knows its pod; it is
 	// used with an API server only. Default 10s.
 	PodWait Duration `json:"podWait,omitempty"`

@@ -41,7 +41,7 @@ func newFlowWatch(l *loop, log *slog.Logger) *flowWatch {
 // sampled by the ruleset: the denied sets count all.
 func (w *flowWatch) denials(ctx context.Context) error {
 	for _, group := range []uint16{nft.LogGroupDenied, nft.LogGroupRule} {
-		c, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: 128})
+		c, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: 128, QThresh: 1})
 		if err != nil {
 			return fmt.Errorf("open nflog: %w", err)
 		}

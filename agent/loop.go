@@ -23,6 +23,7 @@ type work func(*batch)
 type batch struct {
 	events  []policy.Event
 	replace bool // compare everything with the kernel
+	nodes   bool // the list of nodes changed
 	reopen  bool // somebody else wrote: check the program too
 	bind    []nft.Binding
 	unbind  []nft.Binding
@@ -51,6 +52,7 @@ type loop struct {
 	work   chan work
 	inv    *inventory
 	claims *claims // with NetworkNone
+	mesh   *mesh   // nil with NetworkNone
 	engine *policy.Engine
 
 	waitForPods bool   // attachments wait until the source lists their pod
@@ -141,7 +143,7 @@ func (l *loop) replace(c *policy.Cluster, problems []k8s.Problem) work {
 	return func(b *batch) {
 		l.inv.load(c)
 		l.problems = problems
-		b.replace, b.events, l.loaded = true, nil, true
+		b.replace, b.events, b.nodes, l.loaded = true, nil, true, true
 		l.claims = newClaims(l.cfg.Node)
 		for i := range c.Pods {
 			l.claims.set(c.Pods[i].Name, &c.Pods[i])
@@ -156,6 +158,7 @@ func (l *loop) apply(events []policy.Event, problems []k8s.Problem) work {
 		for _, e := range events {
 			b.events = append(b.events, l.inv.apply(e)...)
 			l.claim(b, e)
+			b.nodes = b.nodes || e.Node != nil
 			if e.Pod != nil {
 				l.admitPod(b, e.Pod.Name)
 			}
@@ -186,6 +189,9 @@ func (l *loop) commit(ctx context.Context, b *batch) {
 	l.record(began, b, r, err)
 	for _, answer := range b.answers {
 		answer(r, err)
+	}
+	if b.nodes && l.mesh != nil {
+		l.mesh.offer(l.inv.peers())
 	}
 	if err == nil && l.publish != nil {
 		for _, a := range b.attached {

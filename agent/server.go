@@ -138,6 +138,9 @@ func (s *server) detach(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) ready(w http.ResponseWriter, r *http.Request) {
 	out := cni.Ready{MTU: s.cfg.MTU}
+	if out.MTU == 0 && s.loop.mesh != nil {
+		out.MTU = s.loop.mesh.cni.MTU()
+	}
 	err := s.loop.do(r.Context(), func() {
 		out.Ready, out.Reason = s.loop.ready()
 		out.PodCIDRs = s.loop.inv.ownPodCIDRs(s.cfg.PodCIDRs)
