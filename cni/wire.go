@@ -282,9 +282,14 @@ func family(a netip.Addr) int {
 }
 
 // addressInUse asks the kernel whether an address belongs to the node itself or has a
-// route of its own, of whoever made it: then a pod of another plugin may have it.
+// route of its own, of whoever made it: then a pod of another plugin may have it. So may
+// it when host-local holds it.
 func addressInUse(h *netlink.Handle) func(netip.Addr) bool {
+	held := heldByHostLocal(hostLocalDir)
 	return func(a netip.Addr) bool {
+		if held(a) {
+			return true
+		}
 		// With RTM_F_FIB_MATCH (kernel 4.13) the answer is the route as it stands in the table.
 		routes, err := h.RouteGetWithOptions(a.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
 		if err != nil || len(routes) == 0 {
