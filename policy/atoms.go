@@ -156,8 +156,7 @@ func (e *Engine) atom(peers []Peer) *atom {
 	key := strings.Join(slices.Compact(keys), "\x01")
 	a := e.atoms[key]
 	if a == nil {
-		e.lastAtom++
-		a = &atom{id: e.lastAtom, key: key, fresh: true, identities: map[*identity]struct{}{}, profiles: map[*profile]struct{}{}}
+		a = &atom{id: e.atomID(), key: key, fresh: true, identities: map[*identity]struct{}{}, profiles: map[*profile]struct{}{}}
 		e.atoms[key] = a
 		e.freshAtoms = append(e.freshAtoms, a)
 		for _, p := range peers {
@@ -166,6 +165,17 @@ func (e *Engine) atom(peers []Peer) *atom {
 	}
 	a.refs++
 	return a
+}
+
+// atomID returns an unused number for a peer group; those of forgotten ones come back.
+func (e *Engine) atomID() uint32 {
+	if n := len(e.freeAtoms); n > 0 {
+		id := e.freeAtoms[n-1]
+		e.freeAtoms = e.freeAtoms[:n-1]
+		return id
+	}
+	e.lastAtom++
+	return e.lastAtom
 }
 
 // addPeer lets a match what p matches: pods that are there, and those to come.
@@ -228,6 +238,7 @@ func writeSelector(b *strings.Builder, s Selector) {
 // names of ports that only a pod gives numbers to.
 type body struct {
 	id              uint32
+	key             string
 	action          Action
 	log             bool
 	ports, notPorts []PortMatch // ports nil: every protocol and port
@@ -254,7 +265,7 @@ func (e *Engine) internBody(action Action, log bool, ports, notPorts []PortMatch
 		return b
 	}
 	e.lastBody++
-	b := &body{id: e.lastBody, action: action, log: log, ports: ports, notPorts: notPorts}
+	b := &body{id: e.lastBody, key: string(key), action: action, log: log, ports: ports, notPorts: notPorts}
 	for _, m := range slices.Concat(ports, notPorts) {
 		if m.Name != "" {
 			b.names = append(b.names, portName{m.Name, m.Protocol})
@@ -262,8 +273,8 @@ func (e *Engine) internBody(action Action, log bool, ports, notPorts []PortMatch
 	}
 	slices.SortFunc(b.names, comparePortName)
 	b.names = slices.Compact(b.names)
-	e.bodies[string(key)] = b
-	e.bodyByID = append(e.bodyByID, b)
+	e.bodies[b.key] = b
+	e.bodyByID[b.id] = b
 	return b
 }
 

@@ -27,10 +27,11 @@ type Engine struct {
 	// What rules in force say.
 	atoms     map[string]*atom
 	lastAtom  uint32
+	freeAtoms []uint32
 	peerIndex selectorIndex[peerSelector]
 	anyNames  map[portName]*nameUse
 	bodies    map[string]*body
-	bodyByID  []*body
+	bodyByID  map[uint32]*body
 	lastBody  uint32
 	nets      nets
 
@@ -64,13 +65,12 @@ type Engine struct {
 	adopted Tables
 
 	// Scratch space.
-	marks    []uint64
-	epoch    uint64
-	walk     []uint32
-	walkKey  []byte
-	sigKey   []byte
-	atomBuf  []*atom
-	nameText []byte
+	marks   []uint64
+	epoch   uint64
+	walk    []uint32
+	walkKey []byte
+	sigKey  []byte
+	atomBuf []*atom
 }
 
 // selected is a policy with its two directions (nil: does not apply).
@@ -102,7 +102,7 @@ func NewEngine(node string) *Engine {
 		peerIndex:      selectorIndex[peerSelector]{},
 		anyNames:       map[portName]*nameUse{},
 		bodies:         map[string]*body{},
-		bodyByID:       []*body{nil, nil},
+		bodyByID:       map[uint32]*body{},
 		lastBody:       firstBody - 1,
 		signatures:     map[string]*signature{},
 		identities:     map[uint32]*identity{},

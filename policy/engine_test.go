@@ -162,7 +162,7 @@ func (f *follower) compare() error {
 }
 
 func TestEngineFollowsEvents(t *testing.T) {
-	runs := 150
+	runs := 50
 	if os.Getenv("NFTCNI_FULL") != "" {
 		runs = 3000
 	}

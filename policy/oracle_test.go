@@ -74,13 +74,17 @@ func TestTablesEqualOracle(t *testing.T) {
 					if !judged(want) || want.Egress.Reason <= policy.NotSelected && want.Ingress.Reason <= policy.NotSelected && tries%8 != 0 {
 						continue
 					}
+					why := reasons(c, want)
+					if asked%8 == 0 && tries < 2000 && !slices.Contains(why, "named port") {
+						continue // named ports decide too few flows unless they are looked for
+					}
 					asked++
 					got := policy.DecideWith(lookup, f)
 					if got.Allowed != want.Allowed || got.Log != want.Log {
 						t.Fatalf("seed %d: %+v: tables %+v, oracle %+v", seed, f, got, want)
 					}
 					total++
-					for _, r := range reasons(c, want) {
+					for _, r := range why {
 						histogram[r]++
 					}
 				}

@@ -46,12 +46,15 @@ func (e *Engine) forgetAtoms() {
 			continue
 		}
 		gone[a] = true
+		e.freeAtoms = append(e.freeAtoms, a.id)
 		delete(e.atoms, key)
 		for _, s := range a.pods {
 			e.peerIndex.remove(s, peerSelector{s, a})
 		}
 	}
 	forgetNames(e.anyNames)
+	slices.Sort(e.freeAtoms)
+	e.forgetBodies()
 	if len(gone) == 0 {
 		return
 	}
@@ -59,6 +62,31 @@ func (e *Engine) forgetAtoms() {
 		if slices.ContainsFunc(g.atoms, func(a *atom) bool { return gone[a] }) {
 			g.atoms = slices.DeleteFunc(slices.Clone(g.atoms), func(a *atom) bool { return gone[a] })
 		}
+	}
+}
+
+// forgetBodies lets go of what rules that are gone did, when that is most of what is
+// remembered, and of the walks through it.
+func (e *Engine) forgetBodies() {
+	live := map[string]*body{}
+	for _, p := range e.profiles {
+		for _, t := range p.parts {
+			for _, r := range t.rules {
+				live[r.body.key] = r.body
+			}
+		}
+	}
+	if len(e.bodies) < 4*len(live)+1000 {
+		return
+	}
+	e.bodies, e.bodyByID = live, map[uint32]*body{}
+	for _, b := range live {
+		b.resolved = nil
+		e.bodyByID[b.id] = b
+	}
+	clear(e.walks)
+	for _, c := range e.classes {
+		c.walks = nil
 	}
 }
 
