@@ -34,35 +34,36 @@ const (
 	EncryptWireGuard MeshEncryption = "wireguard" // the kernel's WireGuard, Linux 5.6 and newer
 )
 
-// Defaults of MeshConfig. The ports are neither Flannel's, Cilium's or Linux's own 8472,
-// nor 4789 of IANA, Calico, Antrea and Docker: during a migration both run on one node.
+// Defaults of MeshConfig. The ports are neither Flannel's, Cilium's or Linux's own 8472, nor 4789
+// of IANA, Calico, Antrea and Docker: during a migration both run on one node.
 const (
 	DefaultVXLANPort     = 4793
 	DefaultVNI           = 157
 	DefaultWireGuardPort = 4794 // to 4797
 )
 
-// kernelTimeout is for one answer of the kernel: without it a lost one would hold the mesh for ever.
+// kernelTimeout is for one answer of the kernel: without it a lost one would hold the mesh for
+// ever.
 const kernelTimeout = 10 * time.Second
 
-// Metrics of the mesh's routes. Lower than what network daemons give their own, and
-// another than the 0 of the routes to local pods, so that each finds what is its own.
+// Metrics of the mesh's routes. Lower than what network daemons give their own, and another than
+// the 0 of the routes to local pods, so that each finds what is its own.
 const (
 	meshMetric  = 64
 	fenceMetric = 1 << 20 // unreachable routes that show when the real one is gone
 )
 
-// NodeAddress says which address of this node its peers send to. The first field that is
-// set decides, for all families; if none is set, the addresses of the Node object are
-// used (status.addresses of type InternalIP).
+// NodeAddress says which address of this node its peers send to. The first field that is set
+// decides, for all families; if none is set, the addresses of the Node object are used
+// (status.addresses of type InternalIP).
 type NodeAddress struct {
 	Addrs     []netip.Addr   // exactly these, at most one per family
 	CIDRs     []netip.Prefix // the first address of a link inside one of them; also chooses among a peer's addresses
 	Interface string         // the first address of a link whose name matches (path.Match), such as "bond*"
 }
 
-// MeshConfig is what does not change while a Mesh lives. The zero value of each field
-// takes its default.
+// MeshConfig is what does not change while a Mesh lives. The zero value of each field takes its
+// default.
 type MeshConfig struct {
 	Mode          MeshMode // default MeshAuto
 	VNI           uint32   // 1 to 16777215, default DefaultVNI; the same on all nodes
@@ -70,11 +71,11 @@ type MeshConfig struct {
 	Node          NodeAddress
 	Encrypt       MeshEncryption // default EncryptNone
 	WireGuardPort uint16         // UDP, this and the next three, default DefaultWireGuardPort; the same on all nodes
-	// AllowPlaintext lets traffic to peers without a public key leave unencrypted while
-	// encryption is being switched on in a cluster. Without it their pods are unreachable.
+	// AllowPlaintext lets traffic to peers without a public key leave unencrypted while encryption
+	// is being switched on in a cluster. Without it their pods are unreachable.
 	AllowPlaintext bool
-	// PodNetworks are those of all pods of the cluster, if known. What of them no Node has (yet) is unreachable
-	// instead of leaving through the default route. No node's address may be inside.
+	// PodNetworks are those of all pods of the cluster, if known. What of them no Node has (yet) is
+	// unreachable instead of leaving through the default route. No node's address may be inside.
 	PodNetworks []netip.Prefix
 	MTU         int    // of pods, 1280 to 65535; 0 takes it from the paths to the peers
 	StateDir    string // holds the private key, default DefaultStateDir
@@ -82,24 +83,25 @@ type MeshConfig struct {
 	Log         *slog.Logger
 }
 
-// Peer is a node as the mesh sees it. Order means nothing, except that the first address
-// of a family is used.
+// Peer is a node as the mesh sees it. Order means nothing, except that the first address of a
+// family is used.
 type Peer struct {
 	Name     string         // of the Node object
 	Addrs    []netip.Addr   // status.addresses of type InternalIP
 	PodCIDRs []netip.Prefix // spec.podCIDRs
-	// PublicKey is what Mesh.PublicKey of the peer returns, or one key in base64 as wg(8) prints it. Empty: not known.
+	// PublicKey is what Mesh.PublicKey of the peer returns, or one key in base64 as wg(8) prints
+	// it. Empty: not known.
 	PublicKey string
 }
 
-// Mesh keeps the routes, neighbours and tunnels between this node and its peers as they
-// were last asked for. It is safe for concurrent use.
+// Mesh keeps the routes, neighbours and tunnels between this node and its peers as they were last
+// asked for. It is safe for concurrent use.
 type Mesh struct {
 	cfg    MeshConfig
 	kernel *netlink.Handle
 	wg     *wireGuard // nil without encryption
-	// tunnels are the indices of allMeshDevices, 0 where there is none. Run reads them for every event
-	// of the kernel, which must not wait for a pass.
+	// tunnels are the indices of allMeshDevices, 0 where there is none. Run reads them for every
+	// event of the kernel, which must not wait for a pass.
 	tunnels [meshDeviceCount]atomic.Int32
 
 	rotated chan struct{} // wakes Run when a peer's keys or ours change
@@ -111,9 +113,9 @@ type Mesh struct {
 	report Report
 }
 
-// NewMesh checks cfg and opens the kernel's interfaces. With EncryptWireGuard it makes
-// the private key and the device, and fails with the remedy where the kernel has none.
-// Routes of an earlier process stay in force until the first Set.
+// NewMesh checks cfg and opens the kernel's interfaces. With EncryptWireGuard it makes the private
+// key and the device, and fails with the remedy where the kernel has none. Routes of an earlier
+// process stay in force until the first Set.
 func NewMesh(cfg MeshConfig) (*Mesh, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
@@ -217,16 +219,16 @@ func (n NodeAddress) check() error {
 	return nil
 }
 
-// usableNodeAddr: link-local addresses mean nothing without a link, and would differ
-// from node to node in who can use them.
+// usableNodeAddr: link-local addresses mean nothing without a link, and would differ from node to
+// node in who can use them.
 func usableNodeAddr(a netip.Addr) bool {
 	return a.IsGlobalUnicast() && !a.Is4In6() && a.Zone() == ""
 }
 
-// Set makes the kernel hold what self and peers need, and nothing more of ours: peers
-// not named are gone when it returns. It writes only differences from what the kernel
-// holds, so the same Set again writes nothing. A fault of one peer is in Report.Problems and leaves
-// the others alone; the error is of this node or the kernel. Entries of peers that are self (by Name) are ignored.
+// Set makes the kernel hold what self and peers need, and nothing more of ours: peers not named are
+// gone when it returns. It writes only differences from what the kernel holds, so the same Set
+// again writes nothing. A fault of one peer is in Report.Problems and leaves the others alone; the
+// error is of this node or the kernel. Entries of peers that are self (by Name) are ignored.
 func (m *Mesh) Set(ctx context.Context, self Peer, peers []Peer) (Report, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -234,8 +236,8 @@ func (m *Mesh) Set(ctx context.Context, self Peer, peers []Peer) (Report, error)
 	return m.pass(ctx)
 }
 
-// MTU is what pods of this node should have: the least of all paths to peers after the
-// overhead of their tunnels, or of the node's own link while there are no peers. 0: not known.
+// MTU is what pods of this node should have: the least of all paths to peers after the overhead of
+// their tunnels, or of the node's own link while there are no peers. 0: not known.
 func (m *Mesh) MTU() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -249,8 +251,8 @@ func (m *Mesh) Report() Report {
 	return m.report
 }
 
-// PublicKey is for the annotation of this node's Node object; empty without encryption. While a key is being
-// rotated it holds two.
+// PublicKey is for the annotation of this node's Node object; empty without encryption. While a key
+// is being rotated it holds two.
 func (m *Mesh) PublicKey() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -104,8 +104,8 @@ func clonePeer(p Peer) Peer {
 	return p
 }
 
-// clonePeers copies peers in the order of their names, so that what is decided does not
-// depend on the order they were listed in.
+// clonePeers copies peers in the order of their names, so that what is decided does not depend on
+// the order they were listed in.
 func clonePeers(peers []Peer) []Peer {
 	list := make([]Peer, len(peers))
 	for i, p := range peers {

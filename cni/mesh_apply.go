@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pass compares what is wanted with what the kernel holds and writes the differences.
-// The caller holds m.mu.
+// pass compares what is wanted with what the kernel holds and writes the differences. The caller
+// holds m.mu.
 func (m *Mesh) pass(ctx context.Context) (Report, error) {
 	view, err := m.readLinks()
 	if err != nil {
@@ -34,8 +34,8 @@ func (m *Mesh) pass(ctx context.Context) (Report, error) {
 	return report, err
 }
 
-// A meshWriter applies one state. It goes on after an error, so that one refused entry does not keep the others
-// out, and gives all errors together.
+// A meshWriter applies one state. It goes on after an error, so that one refused entry does not
+// keep the others out, and gives all errors together.
 type meshWriter struct {
 	*Mesh
 	ctx    context.Context
@@ -57,8 +57,8 @@ func (w *meshWriter) do(what string, change func() error) bool {
 	return err == nil
 }
 
-// apply works from the bottom up: devices and their addresses, then neighbours, then routes into them; and
-// takes away from the top down, so that no route ever leads where nothing is.
+// apply works from the bottom up: devices and their addresses, then neighbours, then routes into
+// them; and takes away from the top down, so that no route ever leads where nothing is.
 func (m *Mesh) apply(ctx context.Context, view *meshView, want *meshState) (int, error) {
 	w := &meshWriter{Mesh: m, ctx: ctx, view: view}
 	for _, name := range allMeshDevices() {
@@ -158,7 +158,8 @@ func (w *meshWriter) mend(name string, t *tunnel) {
 	}
 }
 
-// noLinkLocal keeps the kernel from giving the device an address of its own. Without IPv6 there is nothing to keep it from.
+// noLinkLocal keeps the kernel from giving the device an address of its own. Without IPv6 there is
+// nothing to keep it from.
 func noLinkLocal(kernel *netlink.Handle, l netlink.Link) error {
 	const addrGenNone = 1 // IN6_ADDR_GEN_MODE_NONE, linux/if_link.h
 	if err := kernel.LinkSetIP6AddrGenMode(l, addrGenNone); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
@@ -167,8 +168,8 @@ func noLinkLocal(kernel *netlink.Handle, l netlink.Link) error {
 	return nil
 }
 
-// addresses gives a device the host's addresses inside the tunnel. They are on the device and
-// not on lo because masquerading takes the address of the device a packet leaves through.
+// addresses gives a device the host's addresses inside the tunnel. They are on the device and not
+// on lo because masquerading takes the address of the device a packet leaves through.
 func (w *meshWriter) addresses(l netlink.Link, want []netip.Addr) {
 	have, err := again(func() ([]netlink.Addr, error) { return w.kernel.AddrList(l, netlink.FAMILY_ALL) })
 	if err != nil {

@@ -16,8 +16,8 @@ type tunnelEntries struct {
 	neigh map[netip.Addr]hwAddr
 }
 
-// entries writes what a VXLAN device lacks and returns what it has too much. All entries of
-// our own device are ours.
+// entries writes what a VXLAN device lacks and returns what it has too much. All entries of our own
+// device are ours.
 func (w *meshWriter) entries(index int, t *tunnel) tunnelEntries {
 	have, err := w.readEntries(index)
 	if err != nil {

@@ -27,8 +27,8 @@ type meshView struct {
 type meshLink struct {
 	netlink.Link
 	mtu int
-	// broadcast: a neighbour there can forward to others what is sent to it. False for
-	// loopback and point-to-point links, whose other end takes only what it knows.
+	// broadcast: a neighbour there can forward to others what is sent to it. False for loopback and
+	// point-to-point links, whose other end takes only what it knows.
 	broadcast, loopback bool
 }
 
@@ -94,8 +94,8 @@ func (m *Mesh) readLinks() (*meshView, error) {
 	return v, err
 }
 
-// again repeats a dump that a concurrent change interrupted: half a list would make the
-// mesh remove what is only not in its half.
+// again repeats a dump that a concurrent change interrupted: half a list would make the mesh remove
+// what is only not in its half.
 func again[T any](list func() ([]T, error)) ([]T, error) {
 	const tries = 8
 	var found []T
@@ -120,9 +120,9 @@ func (m *Mesh) pathCache(v *meshView) func(netip.Addr) meshPath {
 	}
 }
 
-// lookup asks for the FIB entry itself (RTM_F_FIB_MATCH, Linux 4.13): the resolved route
-// would hide whether the destination is a neighbour, pick one of several next hops, and show a
-// path MTU that was learned for ten minutes as if it were configured.
+// lookup asks for the FIB entry itself (RTM_F_FIB_MATCH, Linux 4.13): the resolved route would hide
+// whether the destination is a neighbour, pick one of several next hops, and show a path MTU that
+// was learned for ten minutes as if it were configured.
 func (m *Mesh) lookup(v *meshView, a netip.Addr) meshPath {
 	found, err := m.kernel.RouteGetWithOptions(a.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
 	if err != nil {

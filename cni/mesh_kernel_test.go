@@ -229,8 +229,8 @@ func TestKernelMeshAddressChanges(t *testing.T) {
 	l.talkAll()
 }
 
-// A second link to the far node makes its address a neighbour: the path becomes direct, and
-// VXLAN again when the link goes.
+// A second link to the far node makes its address a neighbour: the path becomes direct, and VXLAN
+// again when the link goes.
 func TestKernelMeshRedecides(t *testing.T) {
 	l := newLab(t, labShape{links: []int{1, 1, 2}, nodes4: true, pods4: true}, MeshConfig{})
 	l.set()

@@ -302,7 +302,8 @@ func (l *lab) talkAll() {
 
 const exchangeLimit = 3 * time.Second
 
-// exchange sends bytes over TCP and wants them back, and the client's address as the server sees it.
+// exchange sends bytes over TCP and wants them back, and the client's address as the server sees
+// it.
 func exchange(from, to *labNS, addr, source netip.Addr) error {
 	var ln net.Listener
 	if err := inNetNS(to.fd, func() (err error) {

@@ -68,7 +68,8 @@ func (p *meshPlan) checkOwn() {
 }
 
 // claimOwn takes this node's pod networks: nobody else may have them, packets to pods that do not
-// exist end here instead of going round through the default route, and the first address is the host's.
+// exist end here instead of going round through the default route, and the first address is the
+// host's.
 func (p *meshPlan) claimOwn() {
 	for _, cidr := range p.self.PodCIDRs {
 		cidr = cidr.Masked()
@@ -85,7 +86,8 @@ func (p *meshPlan) claimOwn() {
 	p.rep.HostAddrs = p.host.list()
 }
 
-// fenceAll keeps traffic to pods of nodes that are not known (yet) from leaving through the default route.
+// fenceAll keeps traffic to pods of nodes that are not known (yet) from leaving through the default
+// route.
 func (p *meshPlan) fenceAll() {
 	for _, cidr := range p.cfg.PodNetworks {
 		inside := slices.IndexFunc(p.rep.Addrs, cidr.Contains)
@@ -102,103 +104,6 @@ func (p *meshPlan) fenceAll() {
 // fence adds the route that shows when a better one to cidr does not exist (any more).
 func (p *meshPlan) fence(cidr netip.Prefix) {
 	p.state.routes[routeKey{cidr, fenceMetric}] = meshRoute{unreachable: true}
-}
-
-// A member is a peer with what of it is fit for use.
-type member struct {
-	Peer
-	addrs pair
-}
-
-// claim gives every pod network one owner and drops what would misdirect others' traffic.
-func (p *meshPlan) claim(peers []Peer) []member {
-	members := make([]member, 0, len(peers))
-	lengths := map[int]bool{}
-	for _, peer := range peers {
-		if peer.Name == p.self.Name {
-			continue
-		}
-		m := member{Peer: peer, addrs: p.cfg.Node.of(peer)}
-		m.PodCIDRs = nil
-		for _, cidr := range peer.PodCIDRs {
-			cidr = cidr.Masked()
-			if p.claimOne(peer.Name, cidr) {
-				m.PodCIDRs = append(m.PodCIDRs, cidr)
-				lengths[cidr.Bits()] = true
-			}
-		}
-		members = append(members, m)
-	}
-	for i := range members {
-		p.refuseInside(&members[i], lengths)
-	}
-	return members
-}
-
-func (p *meshPlan) claimOne(name string, cidr netip.Prefix) bool {
-	if reason := unfitPodCIDR(cidr); reason != "" {
-		p.rep.problem(name, "pod network %s %s: mend spec.podCIDRs of its Node", cidr, reason)
-		return false
-	}
-	if other, taken := p.owner[cidr]; taken {
-		if other != name {
-			p.rep.problem(name, "pod network %s belongs to node %s already: give each Node its own spec.podCIDRs", cidr, other)
-		}
-		return false
-	}
-	for _, own := range p.self.PodCIDRs {
-		if own.Overlaps(cidr) {
-			p.rep.problem(name, "pod network %s overlaps %s of this node: give each Node its own spec.podCIDRs", cidr, own)
-			return false
-		}
-	}
-	for _, a := range p.rep.Addrs {
-		if cidr.Contains(a) {
-			p.rep.problem(name, "pod network %s contains address %s of this node: give the pods a network of their own", cidr, a)
-			return false
-		}
-	}
-	p.owner[cidr] = name
-	return true
-}
-
-// refuseInside drops addresses inside a pod network: packets to them would enter the tunnel they are
-// meant to carry. The address is dropped and not the network, because a kubelet can write
-// the addresses of its own Node, and spec.podCIDRs only when it creates it.
-func (p *meshPlan) refuseInside(m *member, lengths map[int]bool) {
-	for i, a := range m.addrs {
-		for bits := range lengths {
-			if !a.IsValid() || bits > a.BitLen() {
-				continue
-			}
-			net := netip.PrefixFrom(a, bits).Masked()
-			if other, ok := p.owner[net]; ok {
-				p.rep.problem(m.Name, "its address %s is inside pod network %s of node %s and is not used: give nodes addresses outside the pod networks", a, net, other)
-				m.addrs[i] = netip.Addr{}
-				break
-			}
-		}
-	}
-}
-
-// unfitPodCIDR says what is wrong with a pod network, or nothing. The least lengths keep one mistaken
-// or hostile Node from taking over what is not pods.
-func unfitPodCIDR(p netip.Prefix) string {
-	least := 8
-	if p.Addr().Is6() {
-		least = 16
-	}
-	switch {
-	case !p.IsValid() || p.Addr().Is4In6():
-		return "is not a prefix"
-	case p.Bits() < least:
-		return "is too large"
-	case !p.Addr().IsGlobalUnicast():
-		return "is not unicast"
-	case p.Addr().BitLen()-p.Bits() < 1:
-		return "has a single address"
-	}
-	return ""
 }
 
 // device returns the plan's tunnel of a name, made on first use.
@@ -227,8 +132,8 @@ func (p *meshPlan) peer(m member) {
 	}
 }
 
-// plain routes one network without encryption, over the underlay of its own family if both
-// nodes have that, and else over the other one in VXLAN.
+// plain routes one network without encryption, over the underlay of its own family if both nodes
+// have that, and else over the other one in VXLAN.
 func (p *meshPlan) plain(m member, cidr netip.Prefix) {
 	i := familyIndex(cidr.Addr())
 	if p.addrs[i].IsValid() && m.addrs[i].IsValid() {
@@ -279,8 +184,8 @@ func (p *meshPlan) direct(m member, cidr netip.Prefix, path meshPath) {
 		Link: path.link, LinkMTU: path.mtu, MTU: path.mtu})
 }
 
-// vxlan routes through the device of the underlay i. The gateway is the peer's own address inside the tunnel; like
-// this node's it is the first of the network, which no pod gets.
+// vxlan routes through the device of the underlay i. The gateway is the peer's own address inside
+// the tunnel; like this node's it is the first of the network, which no pod gets.
 func (p *meshPlan) vxlan(m member, cidr netip.Prefix, i int, path meshPath) {
 	name, remote := vxlanDevice(p.addrs[i]), m.addrs[i]
 	t := p.device(name, p.addrs[i])
@@ -302,47 +207,4 @@ func (p *meshPlan) through(t *tunnel, report PeerPath, path meshPath, overhead i
 		t.mtu = least(t.mtu, report.MTU)
 	}
 	p.rep.Paths = append(p.rep.Paths, report)
-}
-
-// finishMTU takes the least MTU of all paths for the pods, and that of this node's own links for devices
-// and pods that have no path yet.
-func (p *meshPlan) finishMTU(members []member) {
-	for _, path := range p.rep.Paths {
-		p.rep.MTU = least(p.rep.MTU, path.MTU)
-		if path.MTU != 0 && path.MTU < minIPv6MTU {
-			p.rep.problem(path.Peer, "the path leaves pods %d bytes a packet through %s, and IPv6 needs %d: raise that link's MTU", path.MTU, path.Link, minIPv6MTU)
-		}
-		if p.cfg.MTU > path.MTU && path.MTU != 0 {
-			p.rep.problem(path.Peer, "mtu is set to %d, and the path through %s carries %d: lower it", p.cfg.MTU, path.Link, path.MTU)
-		}
-	}
-	for i, a := range p.addrs {
-		link, ok := p.view.has(a)
-		mtu := p.view.links[link].mtu
-		if !ok || p.view.links[link].loopback { // packets leave through another link, not known without a peer
-			continue
-		}
-		for name, t := range p.state.tunnels {
-			if t.mtu == 0 && (isWireGuardDevice(name) || t.local == p.addrs[i]) {
-				t.mtu = mtu - p.overhead(name, a)
-			}
-		}
-		if len(p.rep.Paths) == 0 {
-			p.rep.MTU = least(p.rep.MTU, mtu-p.overhead("", a))
-		}
-	}
-	if p.cfg.MTU != 0 {
-		p.rep.MTU = p.cfg.MTU
-	}
-}
-
-// overhead is that of a device, or of what every path of the configured mode has.
-func (p *meshPlan) overhead(device string, underlay netip.Addr) int {
-	switch {
-	case isWireGuardDevice(device), device == "" && p.cfg.Encrypt == EncryptWireGuard:
-		return wireGuardOverhead(underlay)
-	case device != "", p.cfg.Mode == MeshVXLAN:
-		return vxlanOverhead(underlay)
-	}
-	return 0
 }

@@ -11,7 +11,8 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-// testView is a node with 192.0.2.1/24 and 2001:db8::1/64 on eth0, 198.51.100.1/24 on bond0, and a default route.
+// testView is a node with 192.0.2.1/24 and 2001:db8::1/64 on eth0, 198.51.100.1/24 on bond0, and a
+// default route.
 func testView() *meshView {
 	v := &meshView{links: map[string]meshLink{"eth0": {mtu: 1500}, "bond0": {mtu: 9000}}}
 	for _, a := range []struct{ link, addr string }{{"eth0", "192.0.2.1"}, {"eth0", "2001:db8::1"}, {"eth0", "fe80::7"}, {"bond0", "198.51.100.1"}} {
@@ -43,7 +44,8 @@ func wgKeyOf(t *testing.T, s string) wgKey {
 	return k
 }
 
-// checkPlan compares how the peers' networks are reached, and wants one problem that holds a text, or none.
+// checkPlan compares how the peers' networks are reached, and wants one problem that holds a text,
+// or none.
 func checkPlan(t *testing.T, r Report, via, problem string) {
 	t.Helper()
 	var list []string

@@ -26,8 +26,8 @@ type PeerPath struct {
 	MTU     int          `json:"mtu,omitempty"` // for pods: LinkMTU less the tunnel's overhead
 }
 
-// MeshProblem is something that keeps a peer, or this node if Peer is empty, from being
-// reached as asked for. Message names the remedy.
+// MeshProblem is something that keeps a peer, or this node if Peer is empty, from being reached as
+// asked for. Message names the remedy.
 type MeshProblem struct {
 	Peer    string `json:"peer,omitempty"`
 	Message string `json:"message"`
@@ -42,11 +42,11 @@ func (p MeshProblem) String() string {
 
 // Report is what one pass found and did.
 type Report struct {
-	// Addrs are this node's addresses that peers send to, at most one per family. Where
-	// they differ from the Node object's, publish them for the peers.
+	// Addrs are this node's addresses that peers send to, at most one per family. Where they differ
+	// from the Node object's, publish them for the peers.
 	Addrs []netip.Addr `json:"addrs,omitempty"`
-	// HostAddrs are the sources of this node's own traffic to pods behind a tunnel: the
-	// first address of each of its pod networks, which belongs to the node and never to a pod.
+	// HostAddrs are the sources of this node's own traffic to pods behind a tunnel: the first
+	// address of each of its pod networks, which belongs to the node and never to a pod.
 	HostAddrs []netip.Addr  `json:"hostAddrs,omitempty"`
 	Paths     []PeerPath    `json:"paths,omitempty"`
 	Problems  []MeshProblem `json:"problems,omitempty"`

@@ -14,8 +14,8 @@ import (
 )
 
 const (
-	// meshPause is between two passes that events cause: the first event is answered at
-	// once, a routing daemon that loads its table costs a pass per pause.
+	// meshPause is between two passes that events cause: the first event is answered at once, a
+	// routing daemon that loads its table costs a pass per pause.
 	meshPause = 50 * time.Millisecond
 	// meshRetry is after a pass that failed for a reason that may send no event.
 	meshRetry = 5 * time.Second
@@ -24,11 +24,12 @@ const (
 	rotationPoll = 100 * time.Millisecond
 )
 
-// Run follows the kernel's links, addresses, routes, neighbours and forwarding entries, and repeats the last
-// Set when they change: what others remove is back at once, and whether a peer is on a link of ours is decided again. changed
-// (may be nil) is called after each pass that wrote something, failed, or reports something else than the one before. Without
-// a change in the kernel Run does nothing at all. It returns when ctx ends, with its error, or when the kernel
-// cannot be followed.
+// Run follows the kernel's links, addresses, routes, neighbours and forwarding entries, and repeats
+// the last Set when they change: what others remove is back at once, and whether a peer is on a
+// link of ours is decided again. changed (may be nil) is called after each pass that wrote
+// something, failed, or reports something else than the one before. Without a change in the kernel
+// Run does nothing at all. It returns when ctx ends, with its error, or when the kernel cannot be
+// followed.
 func (m *Mesh) Run(ctx context.Context, changed func(Report, error)) error {
 	conn, err := listenMesh(m.cfg.NetNS)
 	if err != nil {

@@ -22,18 +22,19 @@ const (
 type PathProbe struct {
 	Address netip.Addr `json:"address"`
 	Want    int        `json:"want"` // MTU that was asked about, bytes
-	// Carries is the largest packet that was answered, up to Want. 0: not even a small one was, and nothing
-	// is known: a firewall may drop echo requests.
+	// Carries is the largest packet that was answered, up to Want. 0: not even a small one was, and
+	// nothing is known: a firewall may drop echo requests.
 	Carries int `json:"carries"`
 }
 
 // TooSmall tells that the path is proved to carry less than it should.
 func (p PathProbe) TooSmall() bool { return p.Carries > 0 && p.Carries < p.Want }
 
-// ProbePath sends ICMP echo requests of want bytes (the whole IP packet) that nobody may fragment to a node, from the namespace
-// ns (0: the caller's), and looks for the largest size that is answered. Learned path MTUs are ignored (IP_PMTUDISC_PROBE), so a path
-// that drops large packets silently is found as well. It needs CAP_NET_RAW. Ask with PeerPath.Address and
-// PeerPath.LinkMTU: the outer packets of a tunnel are what has to fit.
+// ProbePath sends ICMP echo requests of want bytes (the whole IP packet) that nobody may fragment
+// to a node, from the namespace ns (0: the caller's), and looks for the largest size that is
+// answered. Learned path MTUs are ignored (IP_PMTUDISC_PROBE), so a path that drops large packets
+// silently is found as well. It needs CAP_NET_RAW. Ask with PeerPath.Address and PeerPath.LinkMTU:
+// the outer packets of a tunnel are what has to fit.
 func ProbePath(ctx context.Context, ns int, to netip.Addr, want int) (PathProbe, error) {
 	p := PathProbe{Address: to, Want: want}
 	if want < smallProbe || want > 65535 {
@@ -159,8 +160,8 @@ func (e *echo) request(size int) []byte {
 	return b
 }
 
-// reply reads until the answer to the last request is there or the deadline has passed. Errors of the
-// socket are ICMP errors about a packet, and tell no more than silence does.
+// reply reads until the answer to the last request is there or the deadline has passed. Errors of
+// the socket are ICMP errors about a packet, and tell no more than silence does.
 func (e *echo) reply(deadline time.Time) bool {
 	buf := make([]byte, 1<<16)
 	for time.Now().Before(deadline) {

@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The mesh's devices. Their names do not begin with "nft": that prefix is of pods'
-// interfaces, and what comes from one that is not bound is dropped.
+// The mesh's devices. Their names do not begin with "nft": that prefix is of pods' interfaces, and
+// what comes from one that is not bound is dropped.
 const (
 	VXLANDevice4 = "vxnftcni4" // between IPv4 addresses of nodes
 	VXLANDevice6 = "vxnftcni6" // between IPv6 addresses of nodes
-	// WireGuardPrefix and a digit are the names of the WireGuard devices. There is one, and
-	// up to four while keys are being rotated (keyring).
+	// WireGuardPrefix and a digit are the names of the WireGuard devices. There is one, and up to
+	// four while keys are being rotated (keyring).
 	WireGuardPrefix = "wgnftcni"
 
 	meshDeviceCount = 2 + wireGuardDevices
@@ -36,10 +36,10 @@ type hwAddr [6]byte
 
 func (a hwAddr) String() string { return net.HardwareAddr(a[:]).String() }
 
-// vxlanMAC is the MAC address of the device of the node that has the underlay address a:
-// every node computes it from the Node object, nobody has to publish or learn it. It is
-// unicast and locally administered; 46 bits of hash make two of 10,000 nodes meet with a
-// chance of less than one in a million.
+// vxlanMAC is the MAC address of the device of the node that has the underlay address a: every node
+// computes it from the Node object, nobody has to publish or learn it. It is unicast and locally
+// administered; 46 bits of hash make two of 10,000 nodes meet with a chance of less than one in a
+// million.
 func vxlanMAC(a netip.Addr) hwAddr {
 	sum := sha256.Sum256([]byte("nftcni vxlan " + a.String()))
 	mac := hwAddr(sum[:6])
@@ -64,11 +64,11 @@ type tunnel struct {
 	neigh map[netip.Addr]hwAddr // gateway inside the tunnel to the MAC of the peer's device
 }
 
-// newVXLAN describes a device that floods and learns nothing. The source port is the kernel's default,
-// a hash of the inner flow over the ephemeral range (RFC 7348, 5). The outer UDP checksum stays on
-// over both families: the kernel gets it for free from the inner one (local checksum offload), and
-// a receiver whose card has verified it need not sum the inner packet. The checksum fault of NAT on VXLAN
-// that made others turn offloads off is mended since Linux 5.8.
+// newVXLAN describes a device that floods and learns nothing. The source port is the kernel's
+// default, a hash of the inner flow over the ephemeral range (RFC 7348, 5). The outer UDP checksum
+// stays on over both families: the kernel gets it for free from the inner one (local checksum
+// offload), and a receiver whose card has verified it need not sum the inner packet. The checksum
+// fault of NAT on VXLAN that made others turn offloads off is mended since Linux 5.8.
 func (c *MeshConfig) newVXLAN(name string, t *tunnel) *netlink.Vxlan {
 	mac := vxlanMAC(t.local)
 	attrs := netlink.NewLinkAttrs()

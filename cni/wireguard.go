@@ -54,8 +54,8 @@ type wireGuard struct {
 	keys   keyring // private
 	port   uint16
 	ns     int
-	// told is the endpoint this process last gave a peer. The kernel replaces it by the address a peer's
-	// packets really come from, and that must not look like a difference.
+	// told is the endpoint this process last gave a peer. The kernel replaces it by the address a
+	// peer's packets really come from, and that must not look like a difference.
 	told map[string]map[wgKey]netip.AddrPort
 }
 
@@ -99,8 +99,8 @@ func (w *wireGuard) create(kernel *netlink.Handle, name string) error {
 	return fmt.Errorf("create %s: %w", name, err)
 }
 
-// looseReversePath lets a peer send through one device while we still answer through another. Allowed IPs
-// check the source of every packet better than rp_filter does.
+// looseReversePath lets a peer send through one device while we still answer through another.
+// Allowed IPs check the source of every packet better than rp_filter does.
 func (w *wireGuard) looseReversePath(name string) error {
 	write := func() error {
 		err := os.WriteFile(filepath.Join("/proc/sys/net/ipv4/conf", name, "rp_filter"), []byte("2"), 0o644)
@@ -209,7 +209,8 @@ func (w *wireGuard) configure(ctx context.Context, i int, have *wgtypes.Device, 
 	return writes, nil
 }
 
-// diff lists removals first: an allowed network belongs to one peer, and moves to whom it was given last.
+// diff lists removals first: an allowed network belongs to one peer, and moves to whom it was given
+// last.
 func (w *wireGuard) diff(name string, have []wgtypes.Peer, want map[wgKey]wgPeer) []wgtypes.PeerConfig {
 	var changes []wgtypes.PeerConfig
 	known := make(map[wgKey]wgtypes.Peer, len(have))

@@ -241,7 +241,8 @@ func TestKernelWireGuardRotates(t *testing.T) {
 	}
 }
 
-// stream sends datagrams from every pod to every other at a steady pace until stop, which counts those that did not arrive.
+// stream sends datagrams from every pod to every other at a steady pace until stop, which counts
+// those that did not arrive.
 func (l *lab) stream() (stop func() (sent, lost int)) {
 	var conns []net.PacketConn
 	var received atomic.Int64
@@ -293,7 +294,8 @@ func (l *lab) stream() (stop func() (sent, lost int)) {
 	}
 }
 
-// burst sends one datagram from every pod to every address of every other, and counts those the kernel took.
+// burst sends one datagram from every pod to every address of every other, and counts those the
+// kernel took.
 func (l *lab) burst(conns []net.PacketConn) (sent int) {
 	for i, c := range conns {
 		for j, to := range l.nodes {

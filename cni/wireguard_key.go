@@ -12,9 +12,10 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-// A keyring is one key of a node, or two while the node rotates: an old and a new one, told apart by parity. All
-// four pairs that two rotating nodes can have exist side by side on devices of their own, so
-// each node moves each peer when it has seen that the new pair works, and no packet is lost.
+// A keyring is one key of a node, or two while the node rotates: an old and a new one, told apart
+// by parity. All four pairs that two rotating nodes can have exist side by side on devices of their
+// own, so each node moves each peer when it has seen that the new pair works, and no packet is
+// lost.
 type keyring struct {
 	key    [2]wgKey // by parity; zero: none
 	newest int
@@ -52,7 +53,8 @@ func (k keyring) String() string {
 	return text[1:]
 }
 
-// parseKeyring reads String, and one key alone as wg(8) prints it (parity 0). It comes from other nodes.
+// parseKeyring reads String, and one key alone as wg(8) prints it (parity 0). It comes from other
+// nodes.
 func parseKeyring(text string) (keyring, error) {
 	var k keyring
 	fields := strings.Fields(text)
@@ -136,9 +138,10 @@ func savePrivateKeys(dir string, keys keyring) error {
 	return nil
 }
 
-// RotateKey makes a second private key and returns what to publish in place of PublicKey's last answer. The
-// old key stays in force: Run moves each peer to the new one when the peer has taken it, and Report.Rotating counts
-// those that have not. When it is 0 on all nodes, RetireKey ends the rotation. It needs EncryptWireGuard.
+// RotateKey makes a second private key and returns what to publish in place of PublicKey's last
+// answer. The old key stays in force: Run moves each peer to the new one when the peer has taken
+// it, and Report.Rotating counts those that have not. When it is 0 on all nodes, RetireKey ends the
+// rotation. It needs EncryptWireGuard.
 func (m *Mesh) RotateKey(ctx context.Context) (string, error) {
 	return m.changeKeys(ctx, "rotate", func(k keyring) (keyring, error) {
 		if len(k.list()) == 2 {
@@ -148,8 +151,8 @@ func (m *Mesh) RotateKey(ctx context.Context) (string, error) {
 	})
 }
 
-// RetireKey forgets the old key of a rotation and returns what to publish. Peers that have not moved by then
-// are unreachable until they do. Without a rotation it changes nothing.
+// RetireKey forgets the old key of a rotation and returns what to publish. Peers that have not
+// moved by then are unreachable until they do. Without a rotation it changes nothing.
 func (m *Mesh) RetireKey(ctx context.Context) (string, error) {
 	return m.changeKeys(ctx, "retire", func(k keyring) (keyring, error) {
 		if len(k.list()) == 1 {

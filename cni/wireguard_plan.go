@@ -16,7 +16,8 @@ type session struct {
 	ready  bool // a handshake was made: the peer takes what comes this way
 }
 
-// encrypted plans the networks of one peer for WireGuard. False: it has no key, and plaintext is allowed.
+// encrypted plans the networks of one peer for WireGuard. False: it has no key, and plaintext is
+// allowed.
 func (p *meshPlan) encrypted(m member) bool {
 	if m.PublicKey == "" && p.cfg.AllowPlaintext {
 		return false
@@ -56,8 +57,9 @@ func (p *meshPlan) peerKeys(m member) (keyring, error) {
 	return keys, nil
 }
 
-// pairs lists the sessions there may be, the one with the newest keys first. The device of a pair has number
-// 2*own+peer, where each is the parity of a key; the peer sees the same pair the other way round.
+// pairs lists the sessions there may be, the one with the newest keys first. The device of a pair
+// has number 2*own+peer, where each is the parity of a key; the peer sees the same pair the other
+// way round.
 func (p *meshPlan) pairs(peer keyring) []session {
 	var list []session
 	for _, own := range p.view.keys.parities() {
@@ -98,8 +100,8 @@ func (p *meshPlan) sessions(m member, list []session, addr netip.Addr, path mesh
 	}
 }
 
-// routed chooses the session to send through: the newest that works, else the one in use, else the oldest,
-// which the peer has known for longest.
+// routed chooses the session to send through: the newest that works, else the one in use, else the
+// oldest, which the peer has known for longest.
 func (p *meshPlan) routed(list []session, cidr netip.Prefix) int {
 	if i := slices.IndexFunc(list, func(s session) bool { return s.ready }); i >= 0 {
 		return i
