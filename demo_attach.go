@@ -33,7 +33,8 @@ type demoNode struct {
 	plugin   *libcni.CNIConfig
 	network  *libcni.NetworkConfigList
 	attached []attachedPod
-	ownTable bool // the agent's setting of that name
+	ownTable bool   // the agent's setting of that name
+	settings string // more lines of the agent's configuration
 
 	agent     *agent.Client
 	stopAgent context.CancelFunc
@@ -103,7 +104,7 @@ func (n *demoNode) networkConfig() []byte {
 
 // startAgent starts `nftcni agent` and waits until it is ready.
 func (n *demoNode) startAgent(ctx context.Context) error {
-	config := fmt.Appendf(nil, "node: %s\nstateDir: %s\nownTable: %t\nlogLevel: debug\n", n.name, n.path("state"), n.ownTable)
+	config := fmt.Appendf(nil, "node: %s\nstateDir: %s\nownTable: %t\nlogLevel: debug\n%s", n.name, n.path("state"), n.ownTable, n.settings)
 	if err := os.WriteFile(n.path("agent.yaml"), config, 0o644); err != nil {
 		return err
 	}

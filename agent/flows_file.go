@@ -93,17 +93,20 @@ func (w *flowWatch) keepFlowFile(ctx context.Context, f *flowFile) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var after uint64
-	for {
+	var names *named
+	for ended := false; !ended; {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return f.close()
+			ended = true
 		}
 		raw, out, _ := w.log.since(after, flowRing)
 		after = out.Next
-		names, err := w.names.current(ctx)
-		if err != nil {
-			continue // the agent ends
+		if current, err := w.names.current(ctx); err == nil {
+			names = current
+		}
+		if names == nil {
+			continue // the agent ended before it knew anybody
 		}
 		var flows []Flow
 		for i, r := range raw {
@@ -115,4 +118,5 @@ func (w *flowWatch) keepFlowFile(ctx context.Context, f *flowFile) error {
 			w.slog.Error("flow log: flows of the last second are not written", "err", err)
 		}
 	}
+	return f.close()
 }

@@ -55,7 +55,7 @@ func NewCommand() *cobra.Command {
 	cmd.AddCommand(s.statusCommand(), s.podsCommand(), s.policiesCommand(), s.ipamCommand(), s.whyCommand(),
 		s.matrixCommand(), s.graphCommand(), s.impactCommand(),
 		s.traceCommand(), s.captureCommand(), s.flowsCommand(), s.dropsCommand(),
-		s.waitCommand(), s.verifyCommand())
+		s.waitCommand(), s.verifyCommand(), s.doctorCommand(), s.bundleCommand())
 	return cmd
 }
 

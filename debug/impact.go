@@ -26,10 +26,11 @@ type Impact struct {
 
 // CutFlow is a live connection of this node that the change would deny.
 type CutFlow struct {
-	Flow    FlowView `json:"flow"`
-	Src     string   `json:"src"`
-	Dst     string   `json:"dst"`
-	Because string   `json:"because"`
+	Flow       FlowView `json:"flow"`
+	Src        string   `json:"src"`
+	Dst        string   `json:"dst"`
+	ClientPort uint16   `json:"clientPort,omitempty"`
+	Because    string   `json:"because"`
 }
 
 // AccessChange is a pair of workloads whose services change.
@@ -134,12 +135,12 @@ func cutFlows(snap agent.Snapshot, after *policy.Cluster, live []connection) []C
 	why := newReasons(after, snap.Node)
 	var out []CutFlow
 	for _, c := range live {
-		if !names.oracle.Evaluate(c.flow).Allowed || later.Evaluate(c.flow).Allowed {
+		if c.ended || c.mark == policy.DeniedMark || !names.oracle.Evaluate(c.flow).Allowed || later.Evaluate(c.flow).Allowed {
 			continue
 		}
 		v := policy.EvaluateAll(after, snap.Node, c.flow)
 		a := Answer{Egress: why.side(v.Egress, policy.Egress, c.flow), Ingress: why.side(v.Ingress, policy.Ingress, c.flow)}
-		out = append(out, CutFlow{Flow: flowView(c.flow), Src: names.of(c.flow.Src), Dst: names.of(c.flow.Dst), Because: decidedBy(a)})
+		out = append(out, CutFlow{Flow: flowView(c.flow), Src: names.of(c.flow.Src), Dst: names.of(c.flow.Dst), ClientPort: c.clientPort, Because: decidedBy(a)})
 	}
 	slices.SortFunc(out, func(a, b CutFlow) int { return cmp.Or(cmp.Compare(a.Src, b.Src), cmp.Compare(a.Dst, b.Dst)) })
 	return out
@@ -186,9 +187,9 @@ func elementDelta(snap agent.Snapshot, after *policy.Cluster) ElementDelta {
 func (im Impact) write(w io.Writer, ops bool) error {
 	fmt.Fprintf(w, "Live connections that would be cut: %d\n", len(im.Cut))
 	if len(im.Cut) > 0 {
-		t := &table{header: []string{"FROM", "TO", "SERVICE", "BECAUSE"}}
+		t := &table{header: []string{"FROM", "PORT", "TO", "SERVICE", "BECAUSE"}}
 		for _, c := range im.Cut {
-			t.add(c.Src, c.Dst, c.Flow.service(), c.Because)
+			t.add(c.Src, strconv.Itoa(int(c.ClientPort)), c.Dst, c.Flow.service(), c.Because)
 		}
 		if err := t.write(w); err != nil {
 			return err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -117,10 +118,16 @@ func copyLeases(to, stateDir string) error {
 	return os.WriteFile(filepath.Join(to, ipam.FileName), data, 0o600)
 }
 
-// plural is "1 pod", "2 pods".
+// plural is "1 pod", "2 pods", "2 policies", "2 addresses".
 func plural(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
+	switch stem, y := strings.CutSuffix(noun, "y"); {
+	case n == 1:
+	case y:
+		noun = stem + "ies"
+	case strings.HasSuffix(noun, "s"):
+		noun += "es"
+	default:
+		noun += "s"
 	}
-	return strconv.Itoa(n) + " " + noun + "s"
+	return strconv.Itoa(n) + " " + noun
 }

@@ -154,6 +154,7 @@ type connection struct {
 	mark       uint32
 	timeout    uint32 // seconds
 	replied    bool
+	ended      bool // TCP: both sides have closed
 }
 
 func (c connection) String() string {
@@ -161,7 +162,10 @@ func (c connection) String() string {
 	if c.service.Addr() != c.flow.Dst {
 		text += ", asked for " + c.service.String()
 	}
-	if !c.replied {
+	switch {
+	case c.ended:
+		text += ", closed"
+	case !c.replied:
 		text += ", no reply yet"
 	}
 	return text
@@ -187,6 +191,13 @@ func liveFlows(ctx context.Context) ([]connection, error) {
 	return out, nil
 }
 
+// States of a TCP connection that is over (linux/netfilter/nf_conntrack_tcp.h); the one
+// between them is TIME_WAIT.
+const (
+	tcpLastAck = 6
+	tcpClose   = 8
+)
+
 // connectionOf reads a conntrack entry. The server's end is that of the reply: what the
 // packets really reach after a Service's DNAT.
 func connectionOf(f *conntrack.Flow) connection {
@@ -196,6 +207,9 @@ func connectionOf(f *conntrack.Flow) connection {
 			Protocol: policy.Protocol(o.Proto.Protocol), Port: r.Proto.SourcePort},
 		clientPort: o.Proto.SourcePort, service: netip.AddrPortFrom(o.IP.DestinationAddress.Unmap(), o.Proto.DestinationPort),
 		mark: f.Mark, timeout: f.Timeout, replied: f.Status.SeenReply(),
+	}
+	if tcp := f.ProtoInfo.TCP; tcp != nil {
+		c.ended = tcp.State >= tcpLastAck && tcp.State <= tcpClose
 	}
 	switch c.flow.Protocol {
 	case policy.ICMP, policy.ICMPv6:

@@ -50,7 +50,8 @@ func writeStatus(w io.Writer, st statusAnswer) error {
 	t.add("ready", ready)
 	t.add("network", string(st.Network))
 	t.add("generation", strconv.FormatUint(uint64(st.Generation), 10))
-	t.add("objects", fmt.Sprintf("%d namespaces, %d pods, %d policies, %d nodes", st.Namespaces, st.Pods, st.Policies, st.Nodes))
+	t.add("objects", strings.Join([]string{plural(st.Namespaces, "namespace"), plural(st.Pods, "pod"),
+		plural(st.Policies, "policy"), plural(st.Nodes, "node")}, ", "))
 	t.add("attachments", fmt.Sprintf("%d, %d waiting for their pod", st.Attachments, st.Waiting))
 	t.add("pod networks", join(st.PodNetworks))
 	if c := st.LastCommit; c != nil {

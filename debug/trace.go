@@ -94,6 +94,9 @@ func (s *session) trace(cmd *cobra.Command, fl traceFlags) error {
 				return
 			}
 			hop := t.hop(step)
+			if step.Table == nft.TraceTable && hop.Flow == nil {
+				return // how the packet was marked says nothing
+			}
 			if err := s.printHop(cmd, w, hop); err != nil {
 				failed = err
 				cancel()
@@ -207,9 +210,9 @@ func (t *tracer) meaning(s nft.TraceStep) string {
 	switch {
 	case s.Chain == "forward" && s.Verdict == "accept" && !s.Policy:
 		return "a connection that the policy in force has already allowed"
-	case s.Chain == "deny" && strings.HasPrefix(s.Verdict, "goto"), s.Chain == "denied" && s.Verdict == "drop":
-		return t.verdict(t.flows[s.Packet])
-	case s.Chain == "allowed" && s.Policy, s.Verdict == "goto allowed":
+	case s.Chain == "denied" && s.Verdict == "drop":
+		return "denied: " + t.verdict(t.flows[s.Packet])
+	case s.Verdict == "goto allowed":
 		return "allowed: " + t.verdict(t.flows[s.Packet])
 	case s.Chain == "from_pod" && s.Verdict == "drop":
 		return "the source address is not the pod's: spoofed, or the pod is not attached any more"
@@ -256,12 +259,15 @@ func (s *session) printHop(cmd *cobra.Command, w io.Writer, h Hop) error {
 			return err
 		}
 	}
-	line := fmt.Sprintf("  %-14s %-18s %-12s %s", h.Table, h.Chain, h.Verdict, h.Rule)
+	if strings.HasSuffix(h.Table, " "+nft.TraceTable) {
+		return nil
+	}
+	line := fmt.Sprintf("  %-12s %-14s %-18s %s", h.Table, h.Chain, h.Verdict, h.Rule)
 	if h.Foreign {
 		line += "   <- DROPPED BY A TABLE THAT IS NOT OURS"
 	}
 	if h.Meaning != "" {
-		line += "\n" + strings.Repeat(" ", 35) + "= " + h.Meaning
+		line += "\n" + strings.Repeat(" ", 29) + "= " + h.Meaning
 	}
 	_, err := fmt.Fprintln(w, line)
 	return err

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -109,9 +110,11 @@ func (v *Verification) probe(snap agent.Snapshot, tables policy.Tables, flows in
 			if side.Agree {
 				continue
 			}
-			if v.WrongCount++; len(v.Wrong) < maxWrong {
-				v.Wrong = append(v.Wrong, fmt.Sprintf("%s -> %s %s: %s is %s by policy (%s), %s in the kernel", names.of(f.Src), names.of(f.Dst),
-					serviceName(f), [2]string{"egress", "ingress"}[i], d.Action, because(d), allowDeny(side.Kernel.Allowed)))
+			v.WrongCount++
+			text := fmt.Sprintf("%s -> %s %s: %s is %s by policy (%s), %s in the kernel", names.of(f.Src), names.of(f.Dst),
+				serviceName(f), [2]string{"egress", "ingress"}[i], d.Action, because(d), allowDeny(side.Kernel.Allowed))
+			if len(v.Wrong) < maxWrong && !slices.Contains(v.Wrong, text) {
+				v.Wrong = append(v.Wrong, text)
 			}
 		}
 	}
