@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -27,7 +28,9 @@ type pending struct {
 //
 // A key that one transaction deletes and adds again may be missed once by a reader on kernels before 6.17. The rules
 // look twice, which is exact as long as the key does not change again before that reader is through. Apply sees to
-// that: where a step would, it waits for a grace period first.
+// that: where a step would, it waits for a grace period first. It waits as well between a step that changes profiles
+// or isolation and the next one that changes a decision: a packet reads its profiles first, and must not meet what is two
+// changes younger (docs/decisions/0006). Binding a new pod never waits for another.
 func (t *Table) Apply(ctx context.Context, c Change) (Receipt, error) {
 	began := time.Now()
 	if err := c.validate(); err != nil {
@@ -73,7 +76,7 @@ func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 	if err := t.claim(); err != nil {
 		return r, err
 	}
-	unbind := t.unbinds(c.Unbind)
+	unbind, fresh := t.unbinds(c.Unbind), t.fresh(c.Bind)
 	revokes := c.Delta.Revokes || len(unbind) > 0
 	steps := c.Delta.Steps
 	if len(unbind) > 0 {
@@ -94,10 +97,13 @@ func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 		if err := t.commit(&r, b); err != nil {
 			return r, err
 		}
-		t.note(step)
+		t.note(step, fresh)
 	}
 	if err := t.commitLast(&r, c, revokes); err != nil {
 		return r, err
+	}
+	if n := len(steps); n > 0 {
+		t.note(steps[n-1], fresh)
 	}
 	t.seq++
 	r.Seq = t.seq
@@ -143,10 +149,8 @@ func (t *Table) commitUnbind(r *Receipt, unbind []Binding, last bool) error {
 // commitLast commits the last step with the bindings, the pod networks and the epoch.
 func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
 	b := newBatch(t.conn.seq)
-	var step []policy.Op
 	if n := len(c.Delta.Steps); n > 0 {
-		step = c.Delta.Steps[n-1]
-		b.step(step)
+		b.step(c.Delta.Steps[n-1])
 	}
 	binds := t.binds(c.Bind, nil)
 	b.rebind(binds, t.bound)
@@ -171,7 +175,6 @@ func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
 	for _, p := range add {
 		t.networks[p] = true
 	}
-	t.note(step)
 	return nil
 }
 
@@ -198,13 +201,14 @@ func (b *batch) step(step []policy.Op) {
 	}
 }
 
-// settle waits for a grace period when step touches a key that packets in flight may still look up twice over, or
-// one whose deletion is still owed.
+// settle waits for a grace period when packets in flight may be older than what step assumes: it touches a key that
+// they may look up twice over, or one whose deletion is still owed, or it changes decisions while they may hold a profile
+// from before the last change.
 func (t *Table) settle(ctx context.Context, step []policy.Op) error {
 	conflict := false
 	for _, o := range step {
 		_, changed := t.changed[o.Key]
-		conflict = conflict || t.dropping[o.Key] || !t.replaces && changed
+		conflict = conflict || t.dropping[o.Key] || !t.replaces && changed || t.judged != 0 && addressed(o.Map)
 	}
 	if !conflict {
 		return nil
@@ -217,22 +221,33 @@ func (t *Table) graceAndFinish(ctx context.Context) error {
 		return err
 	}
 	clear(t.changed)
+	t.judged = 0
 	return t.finish(t.seq)
 }
 
-// note remembers the keys a committed step replaced.
-func (t *Table) note(step []policy.Op) {
-	if t.replaces {
-		return
-	}
+// note remembers what a committed step did to keys that packets in flight may have read. Addresses that were not bound
+// before have no packets in flight.
+func (t *Table) note(step []policy.Op, fresh map[netip.Addr]bool) {
 	if t.changed == nil {
 		t.changed = map[policy.Key]uint64{}
 	}
 	for _, o := range step {
-		if o.Delete {
+		if o.Delete && !t.replaces {
 			t.changed[o.Key] = t.seq + 1
 		}
+		if readFirst(o.Map) && !fresh[o.Addr] {
+			t.judged = t.seq + 1
+		}
 	}
+}
+
+// readFirst are the maps a packet reads before those that give the profile its meaning.
+func readFirst(m policy.Map) bool {
+	switch m {
+	case policy.IngressProfile, policy.EgressProfile, policy.IsolatedIngress, policy.IsolatedEgress:
+		return true
+	}
+	return false
 }
 
 func (t *Table) owe(p pending) {
@@ -256,6 +271,9 @@ func (t *Table) Finish(ctx context.Context, seq uint64) error {
 		return err
 	}
 	maps.DeleteFunc(t.changed, func(_ policy.Key, since uint64) bool { return since <= seq })
+	if t.judged <= seq {
+		t.judged = 0
+	}
 	if err := t.finish(seq); err != nil {
 		t.stale = true
 		return fmt.Errorf("finish changes up to %d: %w", seq, err)

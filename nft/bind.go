@@ -37,6 +37,18 @@ func (t *Table) binds(want, gone []Binding) []Binding {
 	return out
 }
 
+// fresh are the addresses of want that no interface holds yet.
+func (t *Table) fresh(want []Binding) map[netip.Addr]bool {
+	held := t.addressesWithout(nil)
+	out := map[netip.Addr]bool{}
+	for _, w := range want {
+		if !held[w.Addr] {
+			out[w.Addr] = true
+		}
+	}
+	return out
+}
+
 // addressesWithout says which addresses are still bound somewhere when gone is unbound.
 func (t *Table) addressesWithout(gone []Binding) map[netip.Addr]bool {
 	going := map[bindingKey]bool{}

@@ -1,4 +1,5 @@
 package nft
 
-// AssumeExact takes away Apply's waiting for grace periods between changes of one key, as on Linux 6.17 and newer.
+// AssumeExact takes away one of Apply's waits for grace periods, the one between changes of one key, as on Linux 6.17
+// and newer.
 func (t *Table) AssumeExact() { t.replaces = true }

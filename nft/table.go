@@ -43,6 +43,7 @@ type Table struct {
 	seq      uint64
 	pending  []pending
 	changed  map[policy.Key]uint64 // keys replaced in place and the receipt, until its grace period is over
+	judged   uint64                // the last receipt that changed profiles or isolation, until its grace period is over
 	dropping map[policy.Key]bool   // keys in the drops of pending
 	replaces bool                  // this kernel never misses a key that one transaction replaces
 }
