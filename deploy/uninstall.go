@@ -129,8 +129,9 @@ func Residue(l Layout) []string {
 	return out
 }
 
-// isMountPoint says whether dir is on another filesystem than the directory above it.
+// isMountPoint says whether something is mounted on dir: it cannot be removed then.
 func isMountPoint(dir string) bool {
-	var own, above unix.Stat_t
-	return unix.Stat(dir, &own) == nil && unix.Stat(filepath.Dir(dir), &above) == nil && own.Dev != above.Dev
+	var x unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, dir, unix.AT_SYMLINK_NOFOLLOW, 0, &x)
+	return err == nil && x.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 // Linux 5.8
 }

@@ -26,7 +26,7 @@ bench_up() {
   # The runtime calls the plugin "loopback" for every pod, whatever the network is.
   cp "$BENCH_DIR/bin/cni/loopback" "$work/bin/"
   built
-  export NFTCNI=$work/nftcni NFTCNI_MANIFEST=$PWD/deploy/nftcni.yaml PRIVATE_DIRS=$private_dirs FORM=$form STATIC_ROUTES=${STATIC_ROUTES:-1}
+  export NFTCNI=$work/nftcni NFTCNI_MANIFEST=$PWD/deploy/nftcni.yaml PRIVATE_DIRS=$private_dirs FORM=$form STATIC_ROUTES=${STATIC_ROUTES:-0}
   export BENCH_CNI_BIN_DIR=$work/bin BENCH_CNI_HOOK=$PWD/scripts/cluster/node-hook BENCH_CNI_AGENT= BENCH_NO_WAIT=0 BENCH_IMAGES=
   case $form in
   install) BENCH_CNI_AGENT='$(sed -n s/^ExecStart=//p /etc/systemd/system/nftcni-agent.service)' ;;
