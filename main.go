@@ -63,6 +63,6 @@ func newRootCommand() *cobra.Command {
 		Args:          cobra.NoArgs,
 	}
 	root.AddCommand(newAgentCommand(), debug.NewCommand(), newDemoCommand(), newVersionCommand(),
-		newInstallCommand(), newUninstallCommand())
+		newInstallCommand(), newUninstallCommand(), newPolicyCommand(), newManCommand())
 	return root
 }
