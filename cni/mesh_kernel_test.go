@@ -378,3 +378,60 @@ func TestKernelMeshIgnoresPods(t *testing.T) {
 		}
 	}
 }
+
+// What counts as a link of ours is the kernel's answer, route by route.
+func TestKernelMeshLookup(t *testing.T) {
+	l := newLab(t, labShape{links: []int{1, 1}, nodes4: true, nodes6: true}, MeshConfig{})
+	n := l.nodes[0]
+	n.wire("eth1", newLabNS(t), "far")
+	n.addr("eth1", "192.168.9.1/24", "192.168.8.1/32")
+	n.must(n.h.LinkSetMTU(n.link("eth1"), 1400))
+	dev := func(dst, link string) netlink.Route {
+		return netlink.Route{Dst: ipNet(netip.MustParsePrefix(dst)), LinkIndex: n.link(link).Attrs().Index, Scope: netlink.SCOPE_LINK}
+	}
+	via := func(dst, link, gateway string) netlink.Route {
+		r := dev(dst, link)
+		r.Gw, r.Scope = netip.MustParseAddr(gateway).AsSlice(), netlink.SCOPE_UNIVERSE
+		return r
+	}
+	narrow := via("203.0.113.0/24", "eth0", "192.168.1.254")
+	narrow.MTU = 1300
+	many := netlink.Route{Dst: ipNet(netip.MustParsePrefix("198.51.100.0/24")), MultiPath: []*netlink.NexthopInfo{
+		{LinkIndex: n.link("eth0").Attrs().Index, Gw: net.IPv4(192, 168, 1, 254)}, {LinkIndex: n.link("eth1").Attrs().Index, Gw: net.IPv4(192, 168, 9, 254)}}}
+	none := netlink.Route{Dst: ipNet(netip.MustParsePrefix("198.18.0.0/24")), Type: unix.RTN_UNREACHABLE}
+	for _, r := range []netlink.Route{narrow, many, none, dev("192.168.8.0/24", "eth1"), dev("198.18.1.0/24", "lo")} {
+		n.must(n.h.RouteAdd(&r))
+	}
+	for _, tt := range []struct {
+		name, addr string
+		want       meshPath
+		fails      bool
+	}{
+		{name: "connected", addr: "192.168.1.2", want: meshPath{link: "eth0", mtu: 1500, onLink: true}},
+		{name: "connected, v6", addr: "fd00:1::2", want: meshPath{link: "eth0", mtu: 1500, onLink: true}},
+		{name: "link route without a connected prefix", addr: "192.168.8.7", want: meshPath{link: "eth1", mtu: 1400, onLink: true}},
+		{name: "default route", addr: "192.0.2.1", want: meshPath{link: "eth0", mtu: 1500}},
+		{name: "default route, v6", addr: "2001:db8::1", want: meshPath{link: "eth0", mtu: 1500}},
+		{name: "route with an MTU", addr: "203.0.113.5", want: meshPath{link: "eth0", mtu: 1300}},
+		{name: "several next hops, the least MTU", addr: "198.51.100.5", want: meshPath{link: "eth1", mtu: 1400}},
+		{name: "loopback", addr: "198.18.1.5", want: meshPath{link: "lo", mtu: 65536}},
+		{name: "our own", addr: "192.168.1.1", want: meshPath{link: "eth0", mtu: 1500, local: true}},
+		{name: "unreachable", addr: "198.18.0.5", fails: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			v, err := n.mesh.readLinks()
+			n.must(err)
+			got := v.path(netip.MustParseAddr(tt.addr))
+			if (got.err != nil) != tt.fails {
+				t.Fatalf("error %v", got.err)
+			}
+			got.err = nil
+			if tt.want.local {
+				got.onLink, tt.want.link, tt.want.mtu = false, got.link, got.mtu
+			}
+			if got != tt.want {
+				t.Errorf("got %+v, want %+v", got, tt.want)
+			}
+		})
+	}
+}

@@ -2,11 +2,10 @@ package cni
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -51,8 +50,10 @@ func TestKernelWireGuardMissing(t *testing.T) {
 // cleartext is what exchange sends, as a sniffer would see it.
 var cleartext = bytes.Repeat([]byte("x"), 100)
 
-// sniff counts the frames in a namespace, and those that hold cleartext, until stop is called.
-func (n *labNS) sniff() (stop func() (frames, hits int)) {
+func inTheClear(frame []byte) bool { return bytes.Contains(frame, cleartext) }
+
+// sniff counts the frames in a namespace, and those that hit, until stop is called.
+func (n *labNS) sniff(hit func(frame []byte) bool) (stop func() (frames, hits int)) {
 	n.t.Helper()
 	const all = unix.ETH_P_ALL<<8&0xff00 | unix.ETH_P_ALL>>8 // in network byte order
 	var fd int
@@ -75,7 +76,7 @@ func (n *labNS) sniff() (stop func() (frames, hits int)) {
 				return
 			}
 			frames++
-			if bytes.Contains(buf[:k], cleartext) {
+			if hit(buf[:k]) {
 				hits++
 			}
 		}
@@ -105,7 +106,7 @@ func TestKernelWireGuard(t *testing.T) {
 	} {
 		t.Run(strings.ReplaceAll(tt.name, " ", "_"), func(t *testing.T) {
 			l := newLab(t, tt.labShape, MeshConfig{Encrypt: EncryptWireGuard})
-			stop := l.router.sniff()
+			stop := l.router.sniff(inTheClear)
 			l.set()
 			l.idle()
 			l.talkAll()
@@ -123,11 +124,36 @@ func TestKernelWireGuard(t *testing.T) {
 // The sniffer must see what is not encrypted, or the test above proves nothing.
 func TestKernelSnifferSeesPlaintext(t *testing.T) {
 	l := newLab(t, dual, MeshConfig{})
-	stop := l.router.sniff()
+	stop := l.router.sniff(inTheClear)
 	l.set()
 	l.talkAll()
 	if frames, hits := stop(); hits == 0 {
 		t.Errorf("none of %d frames was in the clear", frames)
+	}
+}
+
+// Flows spread over source ports, so that cards and links with several queues spread them too.
+func TestKernelVXLANSourcePorts(t *testing.T) {
+	l := newLab(t, labShape{links: []int{1, 2}, nodes4: true, pods4: true}, MeshConfig{})
+	l.set()
+	const header = 14 + 20 // Ethernet and IPv4, before UDP
+	ports := map[uint16]bool{}
+	stop := l.router.sniff(func(f []byte) bool {
+		vxlan := len(f) > header+8 && f[14] == 0x45 && f[14+9] == unix.IPPROTO_UDP && binary.BigEndian.Uint16(f[header+2:]) == DefaultVXLANPort
+		if vxlan {
+			ports[binary.BigEndian.Uint16(f[header:])] = true
+		}
+		return vxlan
+	})
+	const flows = 20
+	from, to := l.nodes[0], l.nodes[1]
+	for range flows {
+		if err := exchange(from.pod, to.pod, to.pods[0], from.pods[0]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, hits := stop(); hits == 0 || len(ports) < flows {
+		t.Errorf("%d VXLAN packets of %d flows used %d source ports, want at least one for each flow", hits, 2*flows, len(ports))
 	}
 }
 
@@ -136,7 +162,7 @@ func TestKernelWireGuardFailsClosed(t *testing.T) {
 	l := newLab(t, labShape{links: []int{1, 1, 2}, nodes4: true, pods4: true}, MeshConfig{Encrypt: EncryptWireGuard})
 	l.set()
 	n, far := l.nodes[0], l.nodes[2]
-	stop := l.router.sniff()
+	stop := l.router.sniff(inTheClear)
 
 	n.must(n.h.LinkDel(n.link(wireGuardDevice(0))))
 	if err := exchange(n.pod, far.pod, far.pods[0], n.pods[0]); err == nil {
@@ -311,121 +337,4 @@ func (l *lab) burst(conns []net.PacketConn) (sent int) {
 		}
 	}
 	return sent
-}
-
-func TestPrivateKeyFile(t *testing.T) {
-	dir := t.TempDir()
-	first, err := loadPrivateKeys(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if again, err := loadPrivateKeys(dir); err != nil || again != first {
-		t.Errorf("read again: %v", err)
-	}
-	name := filepath.Join(dir, privateKeyFile)
-	if info, err := os.Stat(name); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("mode %v, %v", info.Mode(), err)
-	}
-	for _, tt := range []struct {
-		name  string
-		spoil func() error
-		want  string
-	}{
-		{"damaged", func() error { return os.WriteFile(name, []byte("x"), 0o600) }, "is damaged: remove it"},
-		{"others may read it", func() error { return os.Chmod(name, 0o644) }, "chmod 600"},
-		{"a link", func() error { return errors.Join(os.Remove(name), os.Symlink("/dev/zero", name)) }, "has mode"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			if err := tt.spoil(); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := loadPrivateKeys(dir); err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("got %v, want %q", err, tt.want)
-			}
-		})
-	}
-}
-
-func TestKeyring(t *testing.T) {
-	a, b := testKey(1), testKey(2)
-	for _, tt := range []struct{ name, text, want, fault string }{
-		{"as wg prints it", a, "0:" + a, ""},
-		{"one", "1:" + a, "1:" + a, ""},
-		{"two, newest last", "1:" + a + " 0:" + b, "1:" + a + " 0:" + b, ""},
-		{"white space", " 0:" + a + "\n", "0:" + a, ""},
-		{"nothing", " ", "", "0 keys"},
-		{"three", a + " " + a + " " + a, "", "3 keys"},
-		{"one parity twice", "1:" + a + " 1:" + b, "", "two keys of parity 1"},
-		{"not base64", "0:???", "", "not 32 bytes"},
-		{"short", "0:AAAA", "", "not 32 bytes"},
-		{"zero", wgKey{}.String(), "", "all zero"},
-		{"another parity", "2:" + a, "", "not 32 bytes"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			k, err := parseKeyring(tt.text)
-			if tt.fault != "" {
-				if err == nil || !strings.Contains(err.Error(), tt.fault) {
-					t.Fatalf("got %v, want %q", err, tt.fault)
-				}
-				return
-			}
-			if err != nil || k.String() != tt.want {
-				t.Errorf("got %q, %v; want %q", k, err, tt.want)
-			}
-		})
-	}
-}
-
-func TestPlanWireGuard(t *testing.T) {
-	a, b := testKey(1), testKey(2)
-	self := Peer{Name: "n1", Addrs: addrs("192.0.2.1"), PodCIDRs: prefixes("10.244.1.0/24")}
-	peer := func(name, addr, cidr, key string) Peer {
-		return Peer{Name: name, Addrs: addrs(addr), PodCIDRs: prefixes(cidr), PublicKey: key}
-	}
-	for _, tt := range []struct {
-		name    string
-		peers   []Peer
-		via     string
-		problem string
-	}{
-		{"a key", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", a)}, "wireguard", ""},
-		{"no key", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", "")}, "unreachable", "not known"},
-		{"damaged key", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", "AAAA")}, "unreachable", "cannot be used"},
-		{"our own key", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", b)}, "unreachable", "this node's own"},
-		{"one key twice", []Peer{peer("n2", "192.0.2.2", "10.244.2.0/24", a), peer("n3", "192.0.2.3", "10.244.3.0/24", a)}, "wireguard unreachable", "belongs to node n2 already"},
-		{"no common family", []Peer{peer("n2", "2001:db8::2", "10.244.2.0/24", a)}, "unreachable", "no address family"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			cfg := MeshConfig{Encrypt: EncryptWireGuard}
-			if err := cfg.complete(); err != nil {
-				t.Fatal(err)
-			}
-			v := testView()
-			v.keys.key[0] = wgKeyOf(t, b)
-			state, r, err := cfg.planMesh(self, tt.peers, v)
-			if err != nil {
-				t.Fatal(err)
-			}
-			checkPlan(t, r, tt.via, tt.problem)
-			for _, p := range r.Paths {
-				if _, fenced := state.routes[routeKey{p.PodCIDR, fenceMetric}]; p.Via == ViaWireGuard && !fenced {
-					t.Errorf("%s has no fence", p.PodCIDR)
-				}
-			}
-		})
-	}
-}
-
-func addrs(list ...string) (out []netip.Addr) {
-	for _, s := range list {
-		out = append(out, netip.MustParseAddr(s))
-	}
-	return out
-}
-
-func prefixes(list ...string) (out []netip.Prefix) {
-	for _, s := range list {
-		out = append(out, netip.MustParsePrefix(s))
-	}
-	return out
 }
