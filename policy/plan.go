@@ -493,6 +493,9 @@ func (pl *plan) cloneUnstable() {
 			}
 		}
 	}
+	if len(pl.cloned) == 0 {
+		return
+	}
 	pl.fillProfiles(n)
 	for _, t := range pl.turns {
 		if c := pl.cloned[t.to]; c != nil {
