@@ -34,6 +34,10 @@ func store(runDir, stateDir string, report func(string)) (*ipam.Store, error) {
 		Live: func(context.Context) ([]ipam.Lease, error) { return liveLeases(runDir, stateDir) }})
 }
 
+// lostNetwork is the owner of an address that only a route to a pod's link proves: no CNI
+// network can have this name. Its Interface is that link; Reconcile ends it with the link.
+const lostNetwork = "(lost)"
+
 // liveLeases are the leases that the records and the kernel prove. A pod's route without
 // a readable record keeps its address too.
 func liveLeases(runDir, stateDir string) ([]ipam.Lease, error) {
@@ -64,8 +68,7 @@ func liveLeases(runDir, stateDir string) ([]ipam.Lease, error) {
 	for _, r := range routes {
 		if a := r.address; !known[a] {
 			known[a] = true
-			owner := ipam.Owner{Network: "unknown", ContainerID: "unknown", Interface: r.link}
-			live = append(live, ipam.Lease{Address: a, Owner: owner})
+			live = append(live, ipam.Lease{Address: a, Owner: ipam.Owner{Network: lostNetwork, ContainerID: lostNetwork, Interface: r.link}})
 		}
 	}
 	return live, nil

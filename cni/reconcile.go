@@ -115,6 +115,10 @@ func (r *reconciler) leasesLeft(ctx context.Context, recorded []record) error {
 	}
 	var errs []error
 	for _, l := range leases {
+		if l.Network == lostNetwork && !known[l.Owner] {
+			known[l.Owner] = true
+			errs = append(errs, r.lostLease(ctx, s, l))
+		}
 		if known[l.Owner] || len(l.Payload) == 0 {
 			continue
 		}
@@ -123,6 +127,19 @@ func (r *reconciler) leasesLeft(ctx context.Context, recorded []record) error {
 		errs = append(errs, r.locked(name, func() error { return r.leaseLeft(ctx, s, name, l) }))
 	}
 	return errors.Join(errs...)
+}
+
+// lostLease ends a lease that was made from a route when the route's link is gone.
+func (r *reconciler) lostLease(ctx context.Context, s *ipam.Store, l ipam.Lease) error {
+	_, err := r.host.LinkByName(l.Interface)
+	if err == nil {
+		return nil
+	}
+	if err := ignoreNoLink(err); err != nil {
+		return fmt.Errorf("find link %s: %w", l.Interface, err)
+	}
+	_, err = s.Release(ctx, l.Owner)
+	return err
 }
 
 func (r *reconciler) leaseLeft(ctx context.Context, s *ipam.Store, name string, l ipam.Lease) error {

@@ -236,12 +236,12 @@ func (m *model) Check(t *rapid.T) {
 	}
 }
 
-// TestStateMachine takes NFTCNI_IPAM_STEPS steps in all (20,000 unless told; the figure of
+// TestStateMachine takes NFTCNI_IPAM_STEPS steps in all (10,000 unless told; the figure of
 // the project is 100,000).
 func TestStateMachine(t *testing.T) {
 	steps, _ := strconv.Atoi(os.Getenv("NFTCNI_IPAM_STEPS"))
 	if steps == 0 {
-		steps = 20_000
+		steps = 10_000
 	}
 	taken := 0
 	for taken < steps {
