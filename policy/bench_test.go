@@ -89,6 +89,13 @@ func (s shape) policy(i int) policy.Policy {
 	return p
 }
 
+// peer is the number of a remote pod that a policy of local pods admits.
+func (s shape) peer() int {
+	localSpaces := s.local * s.namespaces / s.pods
+	admitting := s.policies*localSpaces/s.namespaces - 1
+	return (admitting * 7 % s.namespaces) * s.pods / s.namespaces
+}
+
 func (s shape) String() string {
 	return fmt.Sprintf("pods=%d/policies=%d/local=%d", s.pods, s.policies, s.local)
 }
@@ -153,12 +160,12 @@ var eventKinds = []struct {
 	events func(shape) []policy.Event
 }{
 	{"remote-relabel", func(s shape) []policy.Event {
-		a, b := s.pod(s.local+1), s.pod(s.local+1)
+		a, b := s.pod(s.peer()), s.pod(s.peer())
 		b.Labels = policy.MakeLabels(map[string]string{"app": "app2", "release": "r2"})
 		return []policy.Event{{Pod: &b}, {Pod: &a}}
 	}},
 	{"remote-come-go", func(s shape) []policy.Event {
-		a := s.pod(s.local + 1)
+		a := s.pod(s.peer())
 		return []policy.Event{{Pod: &a, Delete: true}, {Pod: &a}}
 	}},
 	{"local-come-go", func(s shape) []policy.Event {
