@@ -41,7 +41,7 @@ func newAgentCommand() *cobra.Command {
 				return err
 			}
 			if c, ok := o.Source.(*k8s.Cluster); ok {
-				o.Publish = c.PublishAddresses
+				o.Publish, o.PublishKey = c.PublishAddresses, c.PublishNodeKey
 			}
 			return agent.Run(cmd.Context(), o)
 		},

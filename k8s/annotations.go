@@ -6,6 +6,11 @@ package k8s
 // spec.podCIDRs of the pod's node.
 const AnnotationAddresses = "nftcni.io/addresses"
 
+// AnnotationPublicKey is the Node annotation in which a node publishes its WireGuard
+// public keys for encryption between nodes: one or, while it rotates, two, separated by
+// a space. Each is 32 bytes in base64, after "0:" or "1:" where it has a parity.
+const AnnotationPublicKey = "nftcni.io/wireguard-keys"
+
 // annotationConfigHash is the kubelet's annotation on mirror pods: the UID of the
 // static pod (k8s.io/kubernetes/pkg/kubelet/types.ConfigHashAnnotationKey).
 const annotationConfigHash = "kubernetes.io/config.hash"

@@ -248,7 +248,11 @@ func (s *apiServer) watch(w http.ResponseWriter, r *http.Request, resource strin
 
 func (s *apiServer) patch(w http.ResponseWriter, r *http.Request) {
 	body, _ := io.ReadAll(r.Body)
-	parts := strings.Split(strings.Trim(r.URL.Path, "/"), "/") // api v1 namespaces NS pods NAME
+	parts := strings.Split(strings.Trim(r.URL.Path, "/"), "/") // api v1 namespaces NS pods NAME, or api v1 nodes NAME
+	if parts[2] == "nodes" {
+		s.patchNode(w, parts[3], body)
+		return
+	}
 	s.mu.Lock()
 	o, ok := s.objects["pods/"+parts[3]+"/"+parts[5]].(*corev1.Pod)
 	s.patches = append(s.patches, string(body))
@@ -279,6 +283,27 @@ func (s *apiServer) patch(w http.ResponseWriter, r *http.Request) {
 		if err := json.NewEncoder(w).Encode(o); err != nil {
 			panic(err)
 		}
+	}
+}
+
+func (s *apiServer) patchNode(w http.ResponseWriter, name string, body []byte) {
+	s.mu.Lock()
+	o, ok := s.objects["nodes//"+name].(*corev1.Node)
+	s.patches = append(s.patches, string(body))
+	s.mu.Unlock()
+	if !ok {
+		status(w, http.StatusNotFound, "NotFound", "no such node")
+		return
+	}
+	o = o.DeepCopy()
+	if err := json.Unmarshal(body, o); err != nil {
+		status(w, http.StatusBadRequest, "BadRequest", err.Error())
+		return
+	}
+	s.put(o)
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(o); err != nil {
+		panic(err)
 	}
 }
 

@@ -172,6 +172,40 @@ func TestClusterPublishedAddresses(t *testing.T) {
 	}
 }
 
+// TestClusterPublishedKey: a node's key reaches the others through its own Node object
+// and nothing else; what is not a key is not sent.
+func TestClusterPublishedKey(t *testing.T) {
+	api := newAPIServer(t, true)
+	api.put(apiNode("n1", "10.1.0.0/24"), apiNode("n2", "10.2.0.0/24"))
+	sink, source := newMirrorSink(), api.source(t)
+	start(t, source, sink)
+	sink.awaitObjects(t, "Node n1", "Node n2")
+	for _, key := range []string{"0:" + publicKey1, "0:" + publicKey1 + " 1:" + publicKey2} {
+		must(t, source.PublishNodeKey(t.Context(), key))
+		sink.await(t, "the key", func(state map[objectKey]policy.Event, problems []Problem) bool {
+			n1, n2 := state[objectKey{kind: "Node", name: "n1"}].Node, state[objectKey{kind: "Node", name: "n2"}].Node
+			return n1.PublicKey == key && n2.PublicKey == "" && len(n1.PodCIDRs) == 1 && problems == nil
+		})
+	}
+	if err := source.PublishNodeKey(t.Context(), "secret"); err == nil || strings.Contains(err.Error(), "secret") {
+		t.Errorf("no key: %v", err)
+	}
+	if want := `{"metadata":{"annotations":{"nftcni.io/wireguard-keys":"0:` + publicKey1 + `"}}}`; len(api.patches) != 2 || api.patches[0] != want {
+		t.Errorf("patches %q, want 2, the first %s", api.patches, want)
+	}
+	api.remove("nodes", "", "n1")
+	if err := source.PublishNodeKey(t.Context(), publicKey1); err == nil || !strings.Contains(err.Error(), "node n1") {
+		t.Errorf("no Node: %v", err)
+	}
+	foreign := apiNode("n2", "10.2.0.0/24")
+	foreign.Annotations = map[string]string{AnnotationPublicKey: "nonsense"}
+	api.put(foreign)
+	sink.await(t, "the problem", func(state map[objectKey]policy.Event, problems []Problem) bool {
+		n2 := state[objectKey{kind: "Node", name: "n2"}].Node
+		return n2.PublicKey == "" && len(n2.PodCIDRs) == 1 && len(problems) == 1 && problems[0].Severity == Refused
+	})
+}
+
 // TestClusterMirrorPod: a static pod is known by its own UID, and published by its
 // mirror's.
 func TestClusterMirrorPod(t *testing.T) {

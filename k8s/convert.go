@@ -56,6 +56,7 @@ func namespaceWith(name string, labels map[string]string) policy.Namespace {
 // where that is absent).
 func convertNode(n *corev1.Node, f *faults) policy.Node {
 	out := policy.Node{Name: intern(n.Name), Labels: policy.MakeLabels(n.Labels)}
+	out.PublicKey = convertPublicKeys(n.Annotations[AnnotationPublicKey], f)
 	for i, a := range n.Status.Addresses {
 		if a.Type != corev1.NodeInternalIP {
 			continue

@@ -27,6 +27,15 @@ func addrs(s ...string) []netip.Addr {
 	return out
 }
 
+const (
+	publicKey1 = "AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI="
+	publicKey2 = "AwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwM="
+)
+
+func nodeWithKeys(keys string) string {
+	return "apiVersion: v1\nkind: Node\nmetadata: {name: n1, annotations: {nftcni.io/wireguard-keys: '" + keys + "'}}"
+}
+
 // TestObjectMeaning: Pods, Namespaces and Nodes, the namespaces that are implied, and
 // what is no error.
 func TestObjectMeaning(t *testing.T) {
@@ -84,6 +93,9 @@ spec:
 			[]policy.Event{{Node: &policy.Node{Name: "n1", Labels: labels("x", "z"), Addrs: addrs("192.168.0.1", "fd01::1"), PodCIDRs: []netip.Prefix{prefix("10.1.0.0/24"), prefix("fd00:1::/64")}}}}},
 		{"node: podCIDR alone", "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nspec: {podCIDR: 10.9.0.0/24}",
 			[]policy.Event{{Node: &policy.Node{Name: "n1", PodCIDRs: []netip.Prefix{prefix("10.9.0.0/24")}}}}},
+		{"node: public keys", nodeWithKeys("0:" + publicKey1 + "   1:" + publicKey2),
+			[]policy.Event{{Node: &policy.Node{Name: "n1", PublicKey: "0:" + publicKey1 + " 1:" + publicKey2}}}},
+		{"node: one public key as wg(8) prints it", nodeWithKeys(publicKey1), []policy.Event{{Node: &policy.Node{Name: "n1", PublicKey: publicKey1}}}},
 		{"List, lists in lists, typed lists without kinds",
 			"apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: NamespaceList, items: [{metadata: {name: a}}]}\n- {apiVersion: v1, kind: Namespace, metadata: {name: b}}",
 			[]policy.Event{ns("a"), ns("b")}},
@@ -113,6 +125,7 @@ spec:
 // the same file is lost.
 func TestObjectRefusals(t *testing.T) {
 	const pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\n"
+	const keysField = "metadata.annotations[" + AnnotationPublicKey + "]"
 	tests := []struct {
 		name, yaml, object, field, message string
 		line                               int
@@ -139,6 +152,14 @@ func TestObjectRefusals(t *testing.T) {
 		{"container port name twice", pod + "spec: {containers: [{ports: [{name: a, containerPort: 1}, {name: a, containerPort: 2}]}]}", "Pod default/p", "spec.containers[0].ports[1].name", "duplicate", 1},
 		{"container port protocol", pod + "spec: {containers: [{ports: [{name: a, containerPort: 1, protocol: tcp}]}]}", "Pod default/p", "spec.containers[0].ports[0].protocol", "unsupported", 1},
 		{"node podCIDR", "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nspec: {podCIDRs: [x]}", "Node n1", "spec.podCIDRs[0]", "not a CIDR", 1},
+		{"node key too short", nodeWithKeys("AAAA"), "Node n1", keysField, "not 32 bytes", 1},
+		{"node key not base64", nodeWithKeys(publicKey1[:43] + "!"), "Node n1", keysField, "not 32 bytes", 1},
+		{"node key zero", nodeWithKeys("0:" + strings.Repeat("A", 43) + "="), "Node n1", keysField, "all zero", 1},
+		{"node key with another parity", nodeWithKeys("2:" + publicKey1), "Node n1", keysField, "parity", 1},
+		{"node keys of one parity", nodeWithKeys(publicKey1 + " 0:" + publicKey2), "Node n1", keysField, "two keys of parity 0", 1},
+		{"three node keys", nodeWithKeys("a b c"), "Node n1", keysField, "3 keys", 1},
+		{"node keys of blanks", nodeWithKeys("  "), "Node n1", keysField, "0 keys", 1},
+		{"endless node keys", nodeWithKeys(strings.Repeat("A", 129)), "Node n1", keysField, "at most 128", 1},
 		{"wrong type", pod + "spec: []", "Pod default/p", "spec", "is not a", 1},
 		{"calico", "apiVersion: crd.projectcalico.org/v1\nkind: NetworkPolicy\nmetadata: {name: x}", "NetworkPolicy x", "kind", "unsupported kind", 1},
 		{"old API", "apiVersion: extensions/v1beta1\nkind: NetworkPolicy\nmetadata: {name: x, namespace: z}", "NetworkPolicy z/x", "apiVersion", "unsupported version", 1},

@@ -53,6 +53,26 @@ func (c *Cluster) PublishAddresses(ctx context.Context, pod policy.Name, uid str
 	return nil
 }
 
+// PublishNodeKey sets AnnotationPublicKey of this node's Node object. Trying again is
+// harmless. The error says so if the Node object does not exist.
+func (c *Cluster) PublishNodeKey(ctx context.Context, key string) error {
+	fields := strings.Fields(key)
+	if err := checkPublicKeys(fields); err != nil {
+		return fmt.Errorf("publish the public key of node %s: %w", c.node, err)
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
+		"annotations": map[string]any{AnnotationPublicKey: strings.Join(fields, " ")},
+	}})
+	if err != nil {
+		return fmt.Errorf("publish the public key of node %s: %w", c.node, err)
+	}
+	err = c.clients.core.Patch(types.MergePatchType).Resource("nodes").Name(c.node).Body(patch).Do(ctx).Error()
+	if err != nil {
+		return fmt.Errorf("publish the public key of node %s: %w", c.node, err)
+	}
+	return nil
+}
+
 // Record queues a Kubernetes Event of type Warning on a Pod or NetworkPolicy. It never
 // blocks: beyond 256 waiting Events more are dropped. All nodes give the same event
 // about the same object the same name, so that it is stored once.

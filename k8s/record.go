@@ -73,19 +73,25 @@ func (t *portTable) share(seed maphash.Seed, ports []policy.NamedPort) []policy.
 
 // transform implements cache.TransformFunc; it is idempotent.
 func (d digester) transform(obj any) (any, error) {
+	var r *record
 	switch o := obj.(type) {
 	case *record, cache.DeletedFinalStateUnknown:
 		return o, nil
 	case *corev1.Namespace:
-		return d.namespace(o), nil
+		r = d.namespace(o)
 	case *corev1.Node:
-		return d.node(o), nil
+		r = d.node(o)
 	case *corev1.Pod:
-		return d.pod(o), nil
+		r = d.pod(o)
 	case *networkingv1.NetworkPolicy:
-		return d.policy(o), nil
+		r = d.policy(o)
+	default:
+		return nil, fmt.Errorf("unexpected object of type %T", obj)
 	}
-	return nil, fmt.Errorf("unexpected object of type %T", obj)
+	if len(r.faults) > 0 { // what is refused may be all that changed
+		r.digest += maphash.String(d.seed, fmt.Sprint(r.faults))
+	}
+	return r, nil
 }
 
 func newRecord(m *metav1.ObjectMeta) *record {
