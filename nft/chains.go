@@ -46,7 +46,10 @@ var (
 	ctServer4    = field{name: "ct reply ip saddr", size: 4, load: connection(expr.CtKeySRCIP, 1)}
 	ctClient6    = field{name: "ct original ip6 saddr", size: 16, load: connection(expr.CtKeySRCIP6, 0)}
 	ctServer6    = field{name: "ct reply ip6 saddr", size: 16, load: connection(expr.CtKeySRCIP6, 1)}
-	ctRequest    = field{name: "ct original proto-dst", size: 2, load: connection(expr.CtKeyPROTODST, 0)}
+	ctProtocol   = field{name: "ct original protocol", size: 1, load: func(reg uint32) expr.Any {
+		return &expr.Ct{Key: expr.CtKeyPROTOCOL, Register: reg, OptDirection: true}
+	}}
+	ctRequest = field{name: "ct original proto-dst", size: 2, load: connection(expr.CtKeyPROTODST, 0)}
 
 	toMark     = target{"meta mark", &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1}}
 	toPriority = target{"meta priority", &expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: 1}}
@@ -102,7 +105,9 @@ const (
 // verdictChains end a walk. They need no family: the maps they read hold numbers.
 func verdictChains() []chain {
 	port := func(f field, by string) rule {
-		return does(assign{toPriority, key{metaPriority, metaL4Proto, f}, by}, dispatch{key{metaPriority}, "verdict"})
+		// Not meta l4proto: where a set has intervals nft 1.0.6 converts its single byte with an expression that
+		// Linux 7.2 refuses.
+		return does(assign{toPriority, key{metaPriority, ctProtocol, f}, by}, dispatch{key{metaPriority}, "verdict"})
 	}
 	icmp := func(p compare) rule {
 		return does(append([]statement{p}, port(ctRequest, "access_icmp").statements...)...)
