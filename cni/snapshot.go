@@ -38,7 +38,7 @@ func LiveLinks(context.Context) (map[string]LiveLink, error) {
 	return live, nil
 }
 
-// Snapshot is everything of the node that this package writes, one line each, in an order
+// Snapshot is everything of the node of the kind that this package writes, one line each, in an order
 // and with names that do not depend on when it was made: two are equal exactly when
 // nothing of ours was added or left behind in between.
 type Snapshot struct{ Links, Routes, Neighbours, Records, Leases []string }
@@ -103,6 +103,9 @@ func (s *Snapshot) readKernel(h *netlink.Handle) error {
 			return fmt.Errorf("list routes: %w", err)
 		}
 		for _, r := range routes {
+			if r.Protocol == unix.RTPROT_KERNEL {
+				continue // those of link-local addresses come some time after their link
+			}
 			s.Routes = append(s.Routes, fmt.Sprintf("%v dev %s table %d proto %d type %d", r.Dst, names[r.LinkIndex], r.Table, r.Protocol, r.Type))
 		}
 		neighs, err := h.NeighList(0, fam)
