@@ -61,7 +61,9 @@ func (n *labNS) sniff(hit func(frame []byte) bool) (stop func() (frames, hits in
 		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, all)
 		return err
 	})
-	n.must(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20))
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20) != nil { // in a user namespace
+		n.must(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 64<<20))
+	}
 	frames, hits, done := 0, 0, make(chan struct{})
 	end := []byte("end of capture")
 	go func() {
