@@ -109,3 +109,31 @@ func TestKernelLeaseOnly(t *testing.T) {
 	}
 	n.same("GC", before)
 }
+
+// TestKernelNodePodCIDRs takes addresses from what the agent knows of the node.
+func TestKernelNodePodCIDRs(t *testing.T) {
+	n := newNode(t)
+	l := n.list("1.1.0", `{}`)
+	a, b := n.runtime("a", n.pod("a")), n.runtime("b", n.pod("b"))
+	if _, err := n.add(l, a); code(err) != 7 || !strings.Contains(err.Error(), "podCIDRs") {
+		t.Errorf("without podCIDRs: got %v, want code 7", err)
+	}
+	if err := n.cni.GetStatusNetworkList(t.Context(), l); code(err) != 50 {
+		t.Errorf("STATUS without podCIDRs: got %v, want code 50", err)
+	}
+	n.agent.ready.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.60.0.0/31"), netip.MustParsePrefix("fd00:60::/128")}
+	if err := n.cni.GetStatusNetworkList(t.Context(), l); err != nil {
+		t.Errorf("STATUS: %v", err)
+	}
+	before := n.snapshot()
+	res := n.mustAdd(l, a)
+	if len(res.IPs) != 2 || res.IPs[0].Address.String() != "10.60.0.0/32" || res.IPs[1].Address.String() != "fd00:60::/128" {
+		t.Errorf("addresses %v", res.IPs)
+	}
+	if _, err := n.add(l, b); code(err) != 11 || !strings.Contains(err.Error(), "fd00:60::-fd00:60:: of network testnet is full: 1 addresses, 1 leased") ||
+		!strings.Contains(err.Error(), "default/a") {
+		t.Errorf("full pool: got %v, want code 11, the pool, its size and who holds it", err)
+	}
+	n.mustDel(l, a)
+	n.same("ADD and DEL", before)
+}
