@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -68,4 +69,17 @@ func (l *loop) serveEnforced(w http.ResponseWriter, r *http.Request) {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// servePods answers PathPods, with local=1 those of this node only.
+func (l *loop) servePods(w http.ResponseWriter, r *http.Request) {
+	list, err := l.pods(r.Context())
+	if err != nil {
+		fail(w, http.StatusServiceUnavailable, &cni.Error{Code: codeTryAgain, Message: err.Error()})
+		return
+	}
+	if r.URL.Query().Get("local") == "1" {
+		list = slices.DeleteFunc(list, func(p Pod) bool { return !p.Local })
+	}
+	reply(w, list)
 }

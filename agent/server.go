@@ -36,7 +36,7 @@ func newServer(cfg Config, log *slog.Logger, l *loop) *server {
 	mux.HandleFunc("POST "+cni.PathDetach, s.detach)
 	mux.HandleFunc("GET "+cni.PathReady, s.ready)
 	mux.HandleFunc("GET "+PathStatus, query(l.status))
-	mux.HandleFunc("GET "+PathPods, query(l.pods))
+	mux.HandleFunc("GET "+PathPods, l.servePods)
 	mux.HandleFunc("GET "+PathPolicies, query(l.policies))
 	mux.HandleFunc("GET "+PathSnapshot, query(l.snapshot))
 	s.http = http.Server{

@@ -65,13 +65,25 @@ type access struct {
 	list   []workload
 	spans  []probeSpan
 	lookup policy.LookupFunc
-	memo   map[accessKey]*big.Int
-	all    *big.Int
+	ends   [][]accessEnd // of each workload's addresses
+	memo   map[accessKey]*spanSet
+	all    *spanSet
+	texts  map[[4]*spanSet]string // by the two directions of the one or two families
 }
 
+// accessEnd is what the tables know of one address: as a pod, and as a peer.
+type accessEnd struct {
+	addr     netip.Addr
+	profile  [2]uint32 // by direction; 0: not judged
+	identity uint32
+}
+
+// spanSet is a set of spans, as bits. Equal access classes share one.
+type spanSet struct{ big.Int }
+
 type accessKey struct {
-	class uint32
-	six   bool
+	profile, identity uint32
+	six               bool
 }
 
 // newAccess compiles c reduced to one pod a workload. cuts are those of spans, of a
@@ -79,53 +91,91 @@ type accessKey struct {
 func newAccess(c *policy.Cluster, list []workload, cuts []probeSpan) *access {
 	const node = "here"
 	reduced := &policy.Cluster{Namespaces: c.Namespaces, Policies: c.Policies}
-	labels := map[policy.Name]*policy.Pod{}
+	pods := map[policy.Name]*policy.Pod{}
 	for i := range c.Pods {
-		labels[c.Pods[i].Name] = &c.Pods[i]
+		pods[c.Pods[i].Name] = &c.Pods[i]
 	}
 	for _, w := range list {
-		if p, known := w.pod, labels[w.pod.Name]; w.isPods && known != nil {
+		if p, known := w.pod, pods[w.pod.Name]; w.isPods && known != nil {
 			p.Node, p.Labels, p.Ports = node, known.Labels, known.Ports
 			reduced.Pods = append(reduced.Pods, p)
 		}
 	}
-	a := &access{list: list, spans: cuts, lookup: policy.Compile(reduced, node).Tables.Index(), memo: map[accessKey]*big.Int{}}
-	a.all = new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), uint(len(cuts))), big.NewInt(1))
+	a := &access{list: list, spans: cuts, lookup: policy.Compile(reduced, node).Tables.Index(), all: &spanSet{},
+		memo: map[accessKey]*spanSet{}, texts: map[[4]*spanSet]string{}}
+	for i := range cuts {
+		a.all.SetBit(&a.all.Int, i, 1)
+	}
+	for i := range list {
+		var ends []accessEnd
+		for _, addr := range list[i].addrs {
+			ends = append(ends, a.end(addr))
+		}
+		a.ends = append(a.ends, ends)
+	}
 	return a
 }
 
-// reach is the set of spans, as bits, that src may open to dst over each family that
-// both have, IPv4 first; restricted says that a policy selects either end.
-func (a *access) reach(src, dst *workload) (families []*big.Int, restricted bool) {
-	for _, x := range src.addrs {
-		for _, y := range dst.addrs {
-			if x.Is4() != y.Is4() {
-				continue
-			}
-			v := policy.DecideWith(a.lookup, policy.Flow{Src: x, Dst: y, Protocol: otherProtocol})
-			restricted = restricted || v.Egress.Judged || v.Ingress.Judged
-			families = append(families, new(big.Int).And(a.side(v.Egress, x), a.side(v.Ingress, x)))
+// end asks the tables about an address as the pod of a flow and as its other end.
+func (a *access) end(addr netip.Addr) accessEnd {
+	e := accessEnd{addr: addr, identity: policy.IdentityOthers}
+	e.profile[policy.Ingress], _ = a.lookup(policy.Key{Map: policy.IngressProfile, Addr: addr})
+	e.profile[policy.Egress], _ = a.lookup(policy.Key{Map: policy.EgressProfile, Addr: addr})
+	for _, m := range [2]policy.Map{policy.NetID, policy.PodID} {
+		if v, ok := a.lookup(policy.Key{Map: m, Addr: addr}); ok {
+			e.identity = v
 		}
 	}
-	return families, restricted
+	return e
 }
 
-// side is what one direction's access class allows.
-func (a *access) side(d policy.TableDecision, addr netip.Addr) *big.Int {
-	if !d.Judged {
+// services says what src may open to dst, by index: "all", "none" or services, for both
+// families when they differ. restricted: a policy selects either end.
+func (a *access) services(src, dst int) (text string, restricted bool) {
+	var sets [4]*spanSet
+	n := 0
+	for _, x := range a.ends[src] {
+		for _, y := range a.ends[dst] {
+			if x.addr.Is4() != y.addr.Is4() || n == len(sets) {
+				continue
+			}
+			restricted = restricted || x.profile[policy.Egress] != 0 || y.profile[policy.Ingress] != 0
+			sets[n] = a.allowed(x.profile[policy.Egress], y.identity, x.addr.Is6())
+			sets[n+1] = a.allowed(y.profile[policy.Ingress], x.identity, x.addr.Is6())
+			n += 2
+		}
+	}
+	text, known := a.texts[sets]
+	if !known {
+		text = a.text(sets)
+		a.texts[sets] = text
+	}
+	return text, restricted
+}
+
+// allowed is what a profile lets pass to or from an identity.
+func (a *access) allowed(profile, identity uint32, six bool) *spanSet {
+	if profile == 0 {
 		return a.all
 	}
-	key := accessKey{d.Class, addr.Is6()}
+	key := accessKey{profile, identity, six}
 	if set := a.memo[key]; set != nil {
 		return set
 	}
-	set := new(big.Int)
-	if d.Class != 0 {
+	class, ok := a.lookup(policy.Key{Map: policy.Access, X: profile, Y: identity})
+	if !ok {
+		class, _ = a.lookup(policy.Key{Map: policy.AccessOthers, X: profile})
+	}
+	ofClass := accessKey{identity: class, six: six} // no profile is 0
+	set := a.memo[ofClass]
+	if set == nil {
+		set = &spanSet{}
 		for i, s := range a.spans {
-			if a.classAllows(d.Class, s, addr.Is6()) {
-				set.SetBit(set, i, 1)
+			if class != 0 && a.classAllows(class, s, six) {
+				set.SetBit(&set.Int, i, 1)
 			}
 		}
+		a.memo[ofClass] = set
 	}
 	a.memo[key] = set
 	return set
@@ -148,25 +198,27 @@ func (a *access) classAllows(class uint32, s probeSpan, six bool) bool {
 	return false
 }
 
-// text is a set of spans for people: all, none, or services.
-func (a *access) text(families []*big.Int) string {
-	if len(families) == 0 {
-		return "no common family"
+// text is what both directions of a pair allow, for people.
+func (a *access) text(sets [4]*spanSet) string {
+	if sets[0] == nil {
+		return ""
 	}
-	first := a.setText(families[0])
-	for _, f := range families[1:] {
-		if f.Cmp(families[0]) != 0 {
-			return "IPv4 " + first + "; IPv6 " + a.setText(f)
-		}
+	first := new(big.Int).And(&sets[0].Int, &sets[1].Int)
+	if sets[2] == nil {
+		return a.setText(first)
 	}
-	return first
+	second := new(big.Int).And(&sets[2].Int, &sets[3].Int)
+	if first.Cmp(second) == 0 {
+		return a.setText(first)
+	}
+	return "IPv4 " + a.setText(first) + "; IPv6 " + a.setText(second)
 }
 
 func (a *access) setText(set *big.Int) string {
 	switch {
 	case set.Sign() == 0:
 		return "none"
-	case set.Cmp(a.all) == 0:
+	case set.Cmp(&a.all.Int) == 0:
 		return "all"
 	}
 	var parts []string
@@ -223,11 +275,9 @@ func (a *access) pairs() []pair {
 			if !src.isPods && !dst.isPods || i == j && len(src.pods) < 2 {
 				continue
 			}
-			families, restricted := a.reach(src, dst)
-			if len(families) == 0 {
-				continue
+			if text, restricted := a.services(i, j); text != "" {
+				out = append(out, pair{src.name, dst.name, text, restricted, i, j})
 			}
-			out = append(out, pair{src.name, dst.name, a.text(families), restricted, i, j})
 		}
 	}
 	return out

@@ -67,7 +67,7 @@ const maxSnap = 262144
 // attachment that the plugin recorded.
 func (s *session) podInterface(ctx context.Context, name string) (string, error) {
 	var pods []agent.Pod
-	err := s.get(ctx, agent.PathPods, &pods)
+	err := s.get(ctx, agent.PathPods+"?local=1", &pods)
 	if err != nil && !errors.Is(err, errNoAgent) {
 		return "", err
 	}

@@ -35,7 +35,11 @@ func (s *session) podsCommand() *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var pods []agent.Pod
-			if err := s.get(cmd.Context(), agent.PathPods, &pods); err != nil {
+			path := agent.PathPods
+			if !all {
+				path += "?local=1"
+			}
+			if err := s.get(cmd.Context(), path, &pods); err != nil {
 				return err
 			}
 			rows := podRows(pods, all)

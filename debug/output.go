@@ -79,6 +79,14 @@ func join[T fmt.Stringer](list []T) string {
 	return orDash(strings.Join(out, ","))
 }
 
+// first is join of at most n, and how many more there are.
+func first[T fmt.Stringer](list []T, n int) string {
+	if len(list) <= n {
+		return join(list)
+	}
+	return fmt.Sprintf("%s and %d more", join(list[:n]), len(list)-n)
+}
+
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
 // service is the flow's protocol and port as PROTO/PORT.

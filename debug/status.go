@@ -53,7 +53,7 @@ func writeStatus(w io.Writer, st statusAnswer) error {
 	t.add("objects", strings.Join([]string{plural(st.Namespaces, "namespace"), plural(st.Pods, "pod"),
 		plural(st.Policies, "policy"), plural(st.Nodes, "node")}, ", "))
 	t.add("attachments", fmt.Sprintf("%d, %d waiting for their pod", st.Attachments, st.Waiting))
-	t.add("pod networks", join(st.PodNetworks))
+	t.add("pod networks", first(st.PodNetworks, 8))
 	if c := st.LastCommit; c != nil {
 		t.add("last change", fmt.Sprintf("%s: %s, %s in %s, %d us (kernel %d us)", c.At.UTC().Format(time.RFC3339), plural(c.Events, "event"),
 			plural(c.Elements, "element"), plural(c.Transactions, "transaction"), c.Micros, c.KernelMicros))
