@@ -169,6 +169,10 @@ check_rights() {
   check "rights: label refused" not as_agent -n $ns label --overwrite pod "on-$node" app=y
   check "rights: delete refused" not as_agent -n $ns delete pod "on-$node" --wait=false
   check "rights: status refused" not as_agent -n $ns patch pod "on-$node" --subresource=status -p '{"status":{"podIP":"10.0.0.1"}}'
+  check "rights: key of the own Node" as_agent annotate --overwrite node "$node" nftcni.io/wireguard-keys=0:AAAA
+  check "rights: key of another Node refused" not as_agent annotate --overwrite node "$other" nftcni.io/wireguard-keys=0:AAAA
+  check "rights: label of the own Node refused" not as_agent label --overwrite node "$node" trusted=yes
+  k annotate node "$node" nftcni.io/wireguard-keys- >/dev/null
   check "rights: secrets refused" not as_agent get secrets -A
   k -n $ns annotate pod "on-$node" nftcni.io/addresses- >/dev/null
   drop_namespace $ns
@@ -350,7 +354,8 @@ kill_agents() {
 # stop_agent NODE SIGNAL: and wait until it is gone
 stop_agent() {
   local pid
-  pid=$(on "$1" cat /run/nftcni/agent.lock)
+  pid=$(on "$1" pgrep -f 'nftcni agent --config' | head -1)
+  [ -n "$pid" ] || return 0
   on "$1" kill "-$2" "$pid" 2>/dev/null || return 0
   gone_within 20 on "$1" kill -0 "$pid"
 }
