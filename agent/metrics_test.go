@@ -1,0 +1,127 @@
+package agent
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+)
+
+func TestHistogram(t *testing.T) {
+	h := newHistogram()
+	for _, micros := range []int64{0, 50, 51, 1000, 20_000_000} {
+		h.observe(micros)
+	}
+	for bound, want := range map[int]uint64{0: 2, 1: 1, 4: 1, len(h.Counts) - 1: 1} {
+		if h.Counts[bound] != want {
+			t.Errorf("bucket %d holds %d, want %d", bound, h.Counts[bound], want)
+		}
+	}
+	var m dto.Metric
+	if err := h.metric(prometheus.NewDesc("x", "x", nil, nil)).Write(&m); err != nil {
+		t.Fatal(err)
+	}
+	if got := m.GetHistogram(); got.GetSampleCount() != 5 || got.Bucket[len(got.Bucket)-1].GetCumulativeCount() != 4 {
+		t.Errorf("as a Prometheus histogram: %v", got)
+	}
+}
+
+// TestDashboardMetrics: the dashboard and the alerts use metrics that exist.
+func TestDashboardMetrics(t *testing.T) {
+	o := newObservers(newLoop(Config{}, slog.New(slog.NewTextHandler(io.Discard, nil)), nil), nil, "test")
+	known := newCollector(o).desc
+	name := regexp.MustCompile(`\bnftcni_[a-z_]+`)
+	for _, file := range []string{"../deploy/grafana-dashboard.json", "../deploy/alerts.yaml"} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range name.FindAllString(string(b), -1) {
+			base := strings.TrimSuffix(strings.TrimPrefix(m, "nftcni_"), "_bucket")
+			if known[base] == nil {
+				t.Errorf("%s uses %s, which the agent does not have", file, m)
+			}
+		}
+	}
+}
+
+func TestFlowRing(t *testing.T) {
+	l := newFlowLog()
+	for i := range flowRing + 10 {
+		l.add(rawFlow{clientPort: uint16(i)})
+	}
+	raw, out, _ := l.since(5, flowRing)
+	if len(raw) != flowRing || out.Missed != 5 || out.Next != flowRing+10 {
+		t.Errorf("after 5: %d flows, %d missed, next %d; want %d, 5, %d", len(raw), out.Missed, out.Next, flowRing, flowRing+10)
+	}
+	last := uint16((flowRing + 9) & 0xffff)
+	if got := raw[len(raw)-1].clientPort; got != last {
+		t.Errorf("the newest has port %d, want %d", got, last)
+	}
+	if raw, out, _ := l.since(out.Next, 10); len(raw) != 0 || out.Missed != 0 {
+		t.Errorf("nothing new: %d flows, %d missed", len(raw), out.Missed)
+	}
+	if raw, _, _ := l.since(0, 3); len(raw) != 3 || raw[2].clientPort != last {
+		t.Errorf("the newest 3: %v", raw)
+	}
+}
+
+func TestFlowFileRotates(t *testing.T) {
+	path := t.TempDir() + "/flows.json"
+	f, err := openFlowFile(path, 200)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		if err := f.write([]Flow{{Verdict: "denied", Protocol: "TCP"}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.close(); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(strings.TrimSuffix(path, "/flows.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	if want := []string{"flows.json", "flows.json.1", "flows.json.2"}; !slices.Equal(names, want) {
+		t.Errorf("files %v, want %v", names, want)
+	}
+}
+
+func TestSnapshotFile(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := ReadSnapshotFile(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a missing file: %v, want fs.ErrNotExist", err)
+	}
+	if err := os.WriteFile(dir+"/"+SnapshotName, []byte(`{"node": "n"`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadSnapshotFile(dir); err == nil {
+		t.Error("half a file is no error")
+	}
+}
+
+func FuzzPacketFlow(f *testing.F) {
+	f.Add([]byte{0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2, 0x12, 0x34, 0, 80})
+	f.Add(append([]byte{0x60, 0, 0, 0, 0, 8, 58, 64}, make([]byte, 40)...))
+	f.Add([]byte{0x4f, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		flow, _ := packetFlow(b)
+		if flow.Src.IsValid() != flow.Dst.IsValid() {
+			t.Errorf("%x: %v", b, flow)
+		}
+	})
+}
