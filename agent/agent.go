@@ -24,6 +24,7 @@ type Options struct {
 	Log    *slog.Logger
 	// WaitForPods makes attachments wait, at most Config.PodWait, until the source lists
 	// their pod: right with an API server, wrong with manifests, where a pod may have none.
+	// It also keeps the source's objects in Config.StateDir for a start without it.
 	WaitForPods bool
 	// Listening is called when the table is adopted and the socket answers; the source may
 	// be unknown for long after. Serving is called when its first complete state is in force.
@@ -152,6 +153,9 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 		return o.Source.Run(ctx, sink{ctx, l, new([]k8s.Problem)})
 	})
 	start("watch", func() error { return l.watch(ctx) })
+	if l.waitForPods {
+		start("last known objects", func() error { return keepLastKnown(ctx, l, o.Log) })
+	}
 	if l.publish != nil {
 		start("publish", func() error { return l.publish.run(ctx) })
 	}
@@ -165,6 +169,9 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 	defer done()
 	err = srv.http.Shutdown(stop)
 	tasks.Wait()
+	if l.waitForPods {
+		l.save(l.unsaved(), l.log)
+	}
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 		return errors.Join(cause, err)
 	}

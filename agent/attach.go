@@ -92,8 +92,7 @@ func usable(a netip.Addr) bool {
 // admitOrWait admits w when its pod is known or need not be.
 func (l *loop) admitOrWait(b *batch, w *attachWork) {
 	a := w.attachment
-	ready := l.loaded
-	if ready && (!l.waitForPods || a.Pod == "" || l.inv.knows(a)) {
+	if l.live && (!l.waitForPods || a.Pod == "" || l.inv.knows(a)) {
 		l.admitOne(b, w)
 		return
 	}
@@ -137,7 +136,7 @@ func (l *loop) admitOne(b *batch, w *attachWork) {
 	}
 	b.touched[a.HostInterface] = true
 	b.events = append(b.events, l.inv.attach(a)...)
-	b.bind = append(b.bind, bindings(a)...)
+	b.bind = append(b.bind, l.inv.bindings(l.inv.attached[a.HostInterface])...)
 	b.answers = append(b.answers, w.done)
 	b.attached = append(b.attached, a)
 }

@@ -55,20 +55,25 @@ type loop struct {
 	mesh   *mesh   // nil with NetworkNone
 	engine *policy.Engine
 
-	waitForPods bool   // attachments wait until the source lists their pod
-	later       []work // for the next batch
-	loaded      bool   // the source gave its first complete state
-	synced      bool   // and it is in force
-	broken      error  // the last failure to bring the kernel in line
-	waiting     map[policy.Name][]*attachWork
-	problems    []k8s.Problem
-	networks    []netip.Prefix
-	lastSeq     uint64
-	inGrace     bool
-	state       nft.State // as found at start or after the last error; bindings are kept current
-	commits     commitLog
-	serving     func()     // told once, when the first complete state is in force
-	publish     *publisher // nil: nobody to tell
+	waitForPods bool          // attachments wait until the source lists their pod
+	later       []work        // for the next batch
+	loaded      bool          // there are objects to enforce: the source's, or the last known ones
+	live        bool          // they are the source's
+	synced      bool          // and they are in force
+	sourceLive  chan struct{} // closed when live
+	// sourceVersion counts the changes of the source's objects, savedVersion those in the file.
+	sourceVersion, savedVersion uint64
+	last                        *lastKnown // until the source is live: for when the table is deleted
+	broken                      error      // the last failure to bring the kernel in line
+	waiting                     map[policy.Name][]*attachWork
+	problems                    []k8s.Problem
+	networks                    []netip.Prefix
+	lastSeq                     uint64
+	inGrace                     bool
+	state                       nft.State // as found at start or after the last error; bindings are kept current
+	commits                     commitLog
+	serving                     func()     // told once, when the first complete state is in force
+	publish                     *publisher // nil: nobody to tell
 }
 
 func newLoop(cfg Config, log *slog.Logger, t dataplane) *loop {
@@ -78,6 +83,8 @@ func newLoop(cfg Config, log *slog.Logger, t dataplane) *loop {
 		inv:     newInventory(cfg.Node, cfg.Network),
 		claims:  newClaims(cfg.Node),
 		waiting: map[policy.Name][]*attachWork{},
+
+		sourceLive: make(chan struct{}),
 	}
 }
 
@@ -141,22 +148,35 @@ func (l *loop) again(w work) { l.later = append(l.later, w) }
 // replace hands over the source's complete state (k8s.Sink).
 func (l *loop) replace(c *policy.Cluster, problems []k8s.Problem) work {
 	return func(b *batch) {
-		l.inv.load(c)
-		l.problems = problems
-		b.replace, b.events, b.nodes, l.loaded = true, nil, true, true
-		l.claims = newClaims(l.cfg.Node)
-		for i := range c.Pods {
-			l.claims.set(c.Pods[i].Name, &c.Pods[i])
+		l.load(b, c)
+		l.problems, l.last = problems, nil
+		l.sourceVersion++
+		if !l.live {
+			l.live = true
+			close(l.sourceLive)
 		}
 		l.admit(b)
+	}
+}
+
+// load makes c the objects to enforce.
+func (l *loop) load(b *batch, c *policy.Cluster) {
+	l.inv.load(c)
+	b.replace, b.events, b.nodes, l.loaded = true, nil, true, true
+	l.claims = newClaims(l.cfg.Node)
+	for i := range c.Pods {
+		l.claims.set(c.Pods[i].Name, &c.Pods[i])
 	}
 }
 
 func (l *loop) apply(events []policy.Event, problems []k8s.Problem) work {
 	return func(b *batch) {
 		l.problems = problems
+		l.sourceVersion += uint64(len(events))
 		for _, e := range events {
+			before := l.inv.boundOf(e)
 			b.events = append(b.events, l.inv.apply(e)...)
+			l.rebind(b, before, l.inv.boundOf(e))
 			l.claim(b, e)
 			b.nodes = b.nodes || e.Node != nil
 			if e.Pod != nil {
@@ -210,6 +230,9 @@ func (l *loop) beforeLoad(ctx context.Context, b *batch) error {
 		return nil
 	}
 	_, err := l.read(ctx, true)
+	if k := l.last; k != nil {
+		l.again(func(b *batch) { l.restore(ctx, b, k) })
+	}
 	return err
 }
 
@@ -255,7 +278,7 @@ func (l *loop) resync(ctx context.Context, reopen bool) (nft.Receipt, error) {
 		return r, err
 	}
 	l.broken = nil
-	if !l.synced {
+	if l.live && !l.synced {
 		l.synced = true
 		if l.serving != nil {
 			l.serving()
@@ -310,7 +333,7 @@ func (l *loop) wantBindings() []nft.Binding {
 	}
 	var out []nft.Binding
 	for _, a := range l.inv.attached {
-		out = append(out, bindings(a.Attachment)...)
+		out = append(out, l.inv.bindings(a)...)
 	}
 	return out
 }
@@ -360,5 +383,33 @@ func (l *loop) endGrace(ctx context.Context, seq uint64, err error) {
 	}
 	if l.lastSeq > seq {
 		l.startGrace(ctx)
+		return
+	}
+	l.tidyLater(ctx)
+}
+
+// tidyInterval keeps merging classes of addresses, which no packet waits for, rare.
+const tidyInterval = 10 * time.Second
+
+// tidyLater lets the engine merge and forget what nothing needs any more, once the
+// changes that made it superfluous are a while ago.
+func (l *loop) tidyLater(ctx context.Context) {
+	if l.tidyDue {
+		return
+	}
+	l.tidyDue = true
+	time.AfterFunc(tidyInterval, func() {
+		_ = l.send(ctx, func(*batch) { l.tidy(ctx) })
+	})
+}
+
+func (l *loop) tidy(ctx context.Context) {
+	l.tidyDue = false
+	if l.engine == nil || l.broken != nil {
+		return
+	}
+	if _, err := l.push(ctx, nft.Change{Delta: l.engine.Tidy()}); err != nil {
+		l.log.Error("tidy: reading the table back", "err", err)
+		_, _ = l.resync(ctx, false)
 	}
 }

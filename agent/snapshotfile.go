@@ -16,7 +16,7 @@ import (
 const SnapshotName = "snapshot.json"
 
 // snapshotInterval is the least time between two writes of the file: a storm of events
-// costs one write.
+// costs one write, and a large cluster makes the time longer (pause).
 const snapshotInterval = 2 * time.Second
 
 // ReadSnapshotFile reads what the last agent of runDir left.
@@ -71,13 +71,14 @@ func keepSnapshotFile(ctx context.Context, l *loop, log *slog.Logger) error {
 			log.Error("keep the snapshot file: debug commands have less to go by without the agent", "err", err)
 		}
 	}
-	tick := time.NewTicker(snapshotInterval)
-	defer tick.Stop()
 	for {
+		began := time.Now()
 		save(ctx)
+		wait := time.NewTimer(pause(snapshotInterval, time.Since(began)))
 		select {
-		case <-tick.C:
+		case <-wait.C:
 		case <-ctx.Done():
+			wait.Stop()
 			return nil
 		}
 	}

@@ -170,6 +170,8 @@ func (l *loop) ready() (bool, string) {
 	switch {
 	case l.broken != nil:
 		return false, "the kernel's table could not be brought in line: " + l.broken.Error()
+	case !l.synced && l.loaded && !l.live:
+		return false, errNotSynced.Error() + "; the last known objects are in force"
 	case !l.synced:
 		return false, errNotSynced.Error()
 	}
