@@ -75,5 +75,29 @@ func (l *loop) claim(b *batch, e policy.Event) {
 		p = nil
 	}
 	bind, unbind := l.claims.set(e.Pod.Name, p)
-	b.bind, b.unbind = append(b.bind, bind...), append(b.unbind, unbind...)
+	b.rebind(bind, unbind)
+}
+
+// rebind adds bindings to the batch; one that is made and undone in it is left out.
+func (b *batch) rebind(bind, unbind []nft.Binding) {
+	b.bind, b.unbind = balance(b.bind, b.unbind, bind)
+	b.unbind, b.bind = balance(b.unbind, b.bind, unbind)
+}
+
+// balance adds more to list, unless other holds it: then it is taken from there.
+func balance(list, other, more []nft.Binding) (added, left []nft.Binding) {
+	for _, x := range more {
+		same := func(y nft.Binding) bool { return x.Interface == y.Interface && x.Addr == y.Addr }
+		if i := slices.IndexFunc(other, same); i >= 0 {
+			other = slices.Delete(other, i, i+1)
+			continue
+		}
+		list = append(list, x)
+	}
+	return list, other
+}
+
+// without are the bindings of a that are not in b.
+func without(a, b []nft.Binding) []nft.Binding {
+	return slices.DeleteFunc(slices.Clone(a), func(x nft.Binding) bool { return slices.Contains(b, x) })
 }

@@ -284,11 +284,32 @@ func (v *inventory) load(c *policy.Cluster) {
 	}
 }
 
-// bindings are those of one attachment.
+// bindings of an attachment: all its addresses, none of a pod that has finished. Such a
+// pod owns no address (and no policy) any more, so its interface is closed until DEL.
+func (v *inventory) bindings(at *attachment) []nft.Binding {
+	n := podName(at.Attachment)
+	if p := v.pods[n]; p != nil && p.Finished && !stale(at.Attachment, *p) {
+		return nil
+	}
+	return bindings(at.Attachment)
+}
+
 func bindings(a cni.Attachment) []nft.Binding {
 	out := make([]nft.Binding, 0, len(a.Addresses))
 	for _, addr := range a.Addresses {
 		out = append(out, nft.Binding{Interface: a.HostInterface, Addr: addr, Masquerade: a.Masquerade, Comment: podName(a).String()})
+	}
+	return out
+}
+
+// boundOf are the bindings of the attachments of an event's pod.
+func (v *inventory) boundOf(e policy.Event) []nft.Binding {
+	if e.Pod == nil {
+		return nil
+	}
+	var out []nft.Binding
+	for _, at := range v.byPod[e.Pod.Name] {
+		out = append(out, v.bindings(at)...)
 	}
 	return out
 }

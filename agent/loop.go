@@ -70,6 +70,7 @@ type loop struct {
 	networks                    []netip.Prefix
 	lastSeq                     uint64
 	inGrace                     bool
+	tidyDue                     bool
 	state                       nft.State // as found at start or after the last error; bindings are kept current
 	commits                     commitLog
 	serving                     func()     // told once, when the first complete state is in force
@@ -176,7 +177,8 @@ func (l *loop) apply(events []policy.Event, problems []k8s.Problem) work {
 		for _, e := range events {
 			before := l.inv.boundOf(e)
 			b.events = append(b.events, l.inv.apply(e)...)
-			l.rebind(b, before, l.inv.boundOf(e))
+			after := l.inv.boundOf(e)
+			b.rebind(without(after, before), without(before, after))
 			l.claim(b, e)
 			b.nodes = b.nodes || e.Node != nil
 			if e.Pod != nil {

@@ -279,3 +279,26 @@ func TestAttachRefusesAnAddressInUse(t *testing.T) {
 		}
 	})
 }
+
+func TestFinishedPodIsClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		table := newMemoryTable()
+		l, ctx := startLoop(t, table, nil)
+		_ = l.send(ctx, l.replace(shopCluster, nil))
+		if _, err := l.attach(ctx, attachmentOf("shop", "web", "u1", "nft000000000001", "10.0.0.1")); err != nil {
+			t.Fatalf("attach: %v", err)
+		}
+		done := policy.Pod{Name: web, UID: "u1", Node: "n1", Finished: true}
+		_ = l.send(ctx, l.apply([]policy.Event{{Pod: &done}}, nil))
+		synctest.Wait()
+		if len(table.bindings) != 0 {
+			t.Errorf("a finished pod is still bound: %v", table.bindings)
+		}
+		again := policy.Pod{Name: web, UID: "u1", Node: "n1"}
+		_ = l.send(ctx, l.apply([]policy.Event{{Pod: &again}}, nil))
+		synctest.Wait()
+		if len(table.bindings) != 1 || !table.isolated("10.0.0.1") {
+			t.Errorf("a pod that runs again: bindings %v, isolated %v", table.bindings, table.isolated("10.0.0.1"))
+		}
+	})
+}
