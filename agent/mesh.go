@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/nftcni/nftcni/cni"
@@ -40,6 +41,9 @@ type mesh struct {
 	log   *slog.Logger
 	// publishKey makes this node's public keys known; nil without encryption.
 	publishKey func(ctx context.Context, key string) error
+	runDir     string
+	followMTU  bool         // pods' MTU is the mesh's to choose
+	mtu        atomic.Int32 // of pods, as last known
 }
 
 func newMesh(c Config, log *slog.Logger) (*mesh, error) {
@@ -54,7 +58,7 @@ func newMesh(c Config, log *slog.Logger) (*mesh, error) {
 	if err != nil {
 		return nil, fmt.Errorf("config field mesh: %w", err)
 	}
-	return &mesh{cni: m, node: c.Node, nodes: make(chan []cni.Peer, 1), log: log}, nil
+	return &mesh{cni: m, node: c.Node, nodes: make(chan []cni.Peer, 1), log: log, runDir: c.RunDir, followMTU: c.MTU == 0}, nil
 }
 
 // offer replaces the waiting list; it never blocks and is called by the loop only.
@@ -71,7 +75,7 @@ func (m *mesh) run(ctx context.Context) error {
 	defer m.cni.Close()
 	done := make(chan error, 1)
 	go func() {
-		done <- m.cni.Run(ctx, func(r cni.Report, err error) { m.tell(r, err) })
+		done <- m.cni.Run(ctx, func(r cni.Report, err error) { m.tell(ctx, r, err) })
 	}()
 	for {
 		select {
@@ -94,7 +98,7 @@ func (m *mesh) set(ctx context.Context, nodes []cni.Peer) {
 		self = nodes[i]
 	}
 	report, err := m.cni.Set(ctx, self, nodes)
-	m.tell(report, err)
+	m.tell(ctx, report, err)
 	key := m.cni.PublicKey()
 	if m.publishKey == nil || key == "" || key == self.PublicKey {
 		return
@@ -110,12 +114,19 @@ func (m *mesh) set(ctx context.Context, nodes []cni.Peer) {
 	}
 }
 
-func (m *mesh) tell(r cni.Report, err error) {
+func (m *mesh) tell(ctx context.Context, r cni.Report, err error) {
 	if err != nil {
 		m.log.Error("routes to other nodes", "err", err)
 	}
 	for _, p := range r.Problems {
 		m.log.Warn("routes to other nodes", "peer", p.Peer, "problem", p.Message)
+	}
+	before := int(m.mtu.Swap(int32(r.MTU)))
+	if m.followMTU && before != 0 && r.MTU != 0 && r.MTU != before {
+		m.log.Info("the paths' MTU changed: pods follow", "from", before, "to", r.MTU)
+		if err := cni.SetPodMTU(ctx, m.runDir, before, r.MTU); err != nil {
+			m.log.Error("set the MTU of running pods", "err", err)
+		}
 	}
 	m.log.Debug("routes to other nodes", "writes", r.Writes, "mtu", r.MTU, "paths", len(r.Paths))
 }
