@@ -148,7 +148,8 @@ func newNode(t testing.TB) *node {
 			t.Fatal(err)
 		}
 	}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{n.bin}, dir+"/cache", nil)
+	// libcni makes its own executor when it is first needed, which parallel calls race for.
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{n.bin}, dir+"/cache", pluginExec(os.Stderr))
 	n.agent = startAgent(t, n.run)
 	return n
 }
