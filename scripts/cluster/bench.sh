@@ -30,6 +30,10 @@ bench_up() {
   export BENCH_CNI_BIN_DIR=$work/bin BENCH_CNI_HOOK=$PWD/scripts/cluster/node-hook BENCH_CNI_AGENT= BENCH_NO_WAIT=0 BENCH_IMAGES=
   case $form in
   install) BENCH_CNI_AGENT='$(sed -n s/^ExecStart=//p /etc/systemd/system/nftcni-agent.service)' ;;
+  migrate) # a node with the reference plugins on a bridge, as flannel uses them
+    BENCH_CNI_BIN_DIR=$BENCH_DIR/bin/cni REF_CNI=bridge REFERENCE_HOOK=$bench/hook-reference
+    export REF_CNI REFERENCE_HOOK
+    ;;
   daemonset)
     scripts/image "$work/nftcni.tar" ghcr.io/nftcni/nftcni:dev
     BENCH_IMAGES=$work/nftcni.tar BENCH_NO_WAIT=1

@@ -140,6 +140,17 @@ outside_addresses() {
     jq -r '[.[].addr_info[] | select(.scope == "global") | "{ipBlock: {cidr: \"\(.local)/\(if .family == "inet" then 32 else 128 end)\"}}"] | join(", ")'
 }
 
+# within SECONDS COMMAND: the command succeeds from some moment on
+within() {
+  local end=$((SECONDS + $1))
+  shift
+  while [ $SECONDS -lt $end ]; do
+    if "$@" >/dev/null 2>&1; then return 0; fi
+    sleep 1
+  done
+  "$@"
+}
+
 # gone_within SECONDS COMMAND: the command fails from some moment on
 gone_within() {
   local end=$((SECONDS + $1))
@@ -329,7 +340,7 @@ K
   check "kill: $got of $sent allowed new connections" test "$got" = "$sent"
   got=$(grep -c yes "$work/stranger.tcp") sent=$(grep -c . "$work/stranger.tcp")
   check "kill: $got of $sent denied new connections" test "$got" = 0
-  check "kill: agents serve again" agents_ready
+  check "kill: agents serve again" within 200 agents_ready
   drop_namespace $ns
 }
 
@@ -354,7 +365,7 @@ kill_agents() {
 # stop_agent NODE SIGNAL: and wait until it is gone
 stop_agent() {
   local pid
-  pid=$(on "$1" pgrep -f 'nftcni agent --config' | head -1)
+  pid=$(on "$1" pgrep -f 'nftcni agent --config' | head -1) || true
   [ -n "$pid" ] || return 0
   on "$1" kill "-$2" "$pid" 2>/dev/null || return 0
   gone_within 20 on "$1" kill -0 "$pid"
