@@ -23,7 +23,7 @@ import (
 // watchedPerSecond is how many new connections a second are read one by one. Above it
 // the kernel is told to drop all but one in n of the events before they cost anything
 // here: reading all of 10,000 a second would be more than a twentieth of a core.
-const watchedPerSecond = 1000
+const watchedPerSecond = 500
 
 // flowWatch fills the ring: denials from nflog, allowed connections from conntrack.
 type flowWatch struct {

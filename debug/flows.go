@@ -31,7 +31,7 @@ func (s *session) flowsCommand() *cobra.Command {
 		Long: "List new connections with the pods at both ends, the verdict, and the policy that\n" +
 			"decides. The agent remembers the last 8,192. Denied packets are listed at most 10 a second\n" +
 			"for each set of policies (nftcni debug drops counts all); allowed connections are\n" +
-			"sampled above 1,000 a second, and a note says so.",
+			"sampled above 500 a second, and a note says so.",
 		Example: "  nftcni debug flows\n  nftcni debug flows -f --denied\n  nftcni debug flows --pod shop/web --last 20\n  nftcni debug flows -f -o json | jq .policy",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
