@@ -88,7 +88,7 @@ func install(out io.Writer, o deploy.Options) error {
 		if err := setForwarding(out); err != nil {
 			return err
 		}
-		if err := reportOthers(out); err != nil {
+		if err := reportOthers(out, o.Layout); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/nftcni/nftcni/deploy"
 )
 
 // others are interfaces by which CNI plugins are known, and what their owner's traces
@@ -25,9 +27,9 @@ var others = []struct {
 	{"Antrea", "antrea-gw0", "the antrea-agent DaemonSet"},
 }
 
-// reportOthers says what of other CNI plugins is still on the node. It is left alone: pods
-// that were started with it use it.
-func reportOthers(out io.Writer) error {
+// reportOthers says what of other CNI plugins is still on the node. It is left alone, but for
+// bridges (deploy.Layout.ProxyARP): pods that were started with it use it.
+func reportOthers(out io.Writer, l deploy.Layout) error {
 	links, err := netlink.LinkList()
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)
@@ -42,7 +44,18 @@ func reportOthers(out io.Writer) error {
 			continue
 		}
 		found = true
-		fmt.Fprintf(out, "%-12s %s of %s (and maybe %s)\n", "left alone", links[i].Attrs().Name, o.name, o.rest)
+		link := links[i].Attrs().Name
+		fmt.Fprintf(out, "%-12s %s of %s (and maybe %s)\n", "left alone", link, o.name, o.rest)
+		if links[i].Type() != "bridge" {
+			continue
+		}
+		changed, err := l.ProxyARP("/proc/sys", link)
+		if err != nil {
+			return err
+		}
+		if changed {
+			fmt.Fprintf(out, "%-12s net.ipv4.conf.%s.proxy_arp = 1 (its pods look for new ones behind it; uninstall sets it back)\n", "set", link)
+		}
 	}
 	if found {
 		fmt.Fprintln(out, "\nPods that run keep their interfaces and addresses until they are restarted. Remove what is\n"+

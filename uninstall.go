@@ -57,6 +57,11 @@ func uninstall(ctx context.Context, out io.Writer, l deploy.Layout, force bool) 
 		return fmt.Errorf("%d pod interfaces are still attached (first: %s/%s): drain the node first, or lose their network with --force",
 			len(list), list[0].Namespace, list[0].Pod)
 	}
+	if l.Root == "" {
+		if err := l.RestoreProxyARP("/proc/sys"); err != nil {
+			return err
+		}
+	}
 	steps, err := deploy.Uninstall(l)
 	for _, s := range steps {
 		fmt.Fprintln(out, s)

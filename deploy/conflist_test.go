@@ -96,3 +96,25 @@ func TestSetForwarding(t *testing.T) {
 		t.Errorf("a second time: changed %v, %v; want nothing", changed, err)
 	}
 }
+
+func TestProxyARP(t *testing.T) {
+	l, proc := testLayout(t), t.TempDir()
+	before := map[string]string{"/net/ipv4/conf/cni0/proxy_arp": "0", "/net/ipv4/conf/weave/proxy_arp": "1"}
+	for name, v := range before {
+		put(t, proc+name, v)
+	}
+	for link, want := range map[string]bool{"cni0": true, "weave": false, "absent": false} {
+		if changed, err := l.ProxyARP(proc, link); changed != want || err != nil {
+			t.Errorf("ProxyARP(%s) = %v, %v; want %v", link, changed, err, want)
+		}
+	}
+	if got := tree(t, proc)["/net/ipv4/conf/cni0/proxy_arp"]; got != "1" {
+		t.Errorf("cni0 has %s, want 1", got)
+	}
+	if err := l.RestoreProxyARP(proc); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(before, tree(t, proc)); d != "" {
+		t.Errorf("settings afterwards (-want +got):\n%s", d)
+	}
+}
