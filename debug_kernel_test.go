@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +23,7 @@ import (
 
 	"github.com/nftcni/nftcni/agent"
 	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/nft"
 	"github.com/nftcni/nftcni/policy"
 )
 
@@ -247,9 +250,112 @@ func testDebugTrace(t *testing.T) {
 	if !strings.Contains(out, "ip firewall") || !strings.Contains(out, "NOT OURS") {
 		t.Error("the foreign drop is not named")
 	}
-	left, err := exec.CommandContext(t.Context(), "nft", "list", "tables").Output()
-	if err != nil || strings.Contains(string(left), "nftcni_trace") {
-		t.Errorf("after the traces: %v %s", err, left)
+	n.killTrace(t)
+}
+
+// killTrace ends a trace with SIGKILL: the kernel must remove its table.
+func (n *redisNode) killTrace(t *testing.T) {
+	t.Helper()
+	tables := func() string {
+		out, err := exec.CommandContext(t.Context(), "nft", "list", "tables").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(out)
+	}
+	cmd := exec.CommandContext(t.Context(), n.path("bin/nftcni"), "debug", "trace", "--from", "php")
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stderr.Read(make([]byte, 256)); err != nil { // it says when it traces
+		t.Fatal(err)
+	}
+	if !strings.Contains(tables(), nft.TraceTable) {
+		t.Errorf("while tracing there is no table %s", nft.TraceTable)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // it was killed
+	if strings.Contains(tables(), nft.TraceTable) {
+		t.Errorf("after SIGKILL the table %s is left", nft.TraceTable)
+	}
+}
+
+// TestKernelDebugCapture reads the packets of one connection as pcap.
+func TestKernelDebugCapture(t *testing.T) { inFreshNode(t, testDebugCapture) }
+
+func testDebugCapture(t *testing.T) {
+	n := newRedisNode(t, false)
+	cmd := exec.CommandContext(t.Context(), n.path("bin/nftcni"), "debug", "capture", "redis", "--count", "3", "--seconds", "20")
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	header := make([]byte, 24)
+	if _, err := io.ReadFull(stdout, header); err != nil { // the socket is bound when it comes
+		t.Fatal(err)
+	}
+	n.ask(t, n.nodejs, n.redis, true)
+	packets, err := io.ReadAll(stdout)
+	if err != nil || cmd.Wait() != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for len(packets) >= 16 {
+		size := int(binary.LittleEndian.Uint32(packets[8:]))
+		if len(packets) < 16+size {
+			t.Fatalf("a packet of %d bytes is cut short", size)
+		}
+		if server := n.nodejs.families(n.redis)[0][1].As4(); bytes.Contains(packets[16:16+size], server[:]) {
+			found++
+		}
+		packets = packets[16+size:]
+	}
+	if !bytes.Equal(header[:4], []byte{0x4d, 0x3c, 0xb2, 0xa1}) || header[20] != 1 || found != 3 {
+		t.Errorf("header % x, %d packets of redis, want pcap with nanoseconds, Ethernet, 3", header, found)
+	}
+	n.debug(t, "capture", "nobody").want(t, 1, "nobody", "debug pods")
+}
+
+// TestKernelDebugFollow follows flows while they happen.
+func TestKernelDebugFollow(t *testing.T) { inFreshNode(t, testDebugFollow) }
+
+func testDebugFollow(t *testing.T) {
+	n := newRedisNode(t, false)
+	cmd := exec.CommandContext(t.Context(), n.path("bin/nftcni"), "debug", "flows", "-f", "-o", "json")
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	n.ask(t, n.nodejs, n.redis, true)
+	n.ask(t, n.php, n.redis, false)
+	seen := map[string]bool{}
+	for lines := bufio.NewScanner(stdout); !(seen["shop/nodejs allowed"] && seen["shop/php denied"]) && lines.Scan(); {
+		var f agent.Flow
+		if err := json.Unmarshal(lines.Bytes(), &f); err != nil {
+			t.Fatalf("%q: %v", lines.Text(), err)
+		}
+		seen[f.SrcPod+" "+f.Verdict] = true
+	}
+	if len(seen) != 2 {
+		t.Errorf("seen %v, want nodejs allowed and php denied", seen)
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after an interrupt: %v", err)
 	}
 }
 

@@ -115,6 +115,9 @@ func capture(ctx context.Context, name string, fl captureFlags, to io.Writer) (n
 	if _, err := w.Write(pcapHeader(fl.snaplen)); err != nil {
 		return 0, err
 	}
+	if err := w.Flush(); err != nil { // a reader sees that the capture has begun
+		return 0, err
+	}
 	buf := make([]byte, maxSnap)
 	for ctx.Err() == nil && (fl.count == 0 || n < fl.count) {
 		size, err := receive(fd, buf, w)
