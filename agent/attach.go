@@ -16,10 +16,11 @@ import (
 
 // Error codes of the CNI specification that the plugin reports for the agent.
 const (
-	codeInvalidRequest uint = 4  // invalid necessary environment variables
-	codeDecode         uint = 6  // failed to decode content
-	codeTryAgain       uint = 11 // try again later
-	codeInternal       uint = 999
+	codeUnknownContainer uint = 3  // container unknown or does not exist
+	codeInvalidRequest   uint = 4  // invalid necessary environment variables
+	codeDecode           uint = 6  // failed to decode content
+	codeTryAgain         uint = 11 // try again later
+	codeInternal         uint = 999
 )
 
 var hostInterfaceName = regexp.MustCompile(`^nft[0-9a-f]{12}$`)
@@ -183,6 +184,29 @@ func (l *loop) giveUp(w *attachWork) {
 	}
 	w.refuse(tryAgain("attach %s: the API server has not shown this pod (uid %s) within %v: is it scheduled to node %s?",
 		n, w.attachment.UID, time.Duration(l.cfg.PodWait), l.cfg.Node))
+}
+
+// bound says what is missing when a is not attached, or not as a says.
+func (l *loop) bound(ctx context.Context, a cni.Attachment) *cni.Error {
+	missing := ""
+	err := l.do(ctx, func() {
+		old := l.inv.attached[a.HostInterface]
+		switch {
+		case !l.synced || l.broken != nil:
+			_, missing = l.ready()
+		case old == nil:
+			missing = "the agent knows no such attachment"
+		case !sameAttachment(old.Attachment, a):
+			missing = fmt.Sprintf("the agent holds it with addresses %v for container %s", old.Addresses, old.ContainerID)
+		}
+	})
+	if err != nil {
+		return tryAgain("check %s: %v", a.HostInterface, err)
+	}
+	if missing != "" {
+		return &cni.Error{Code: codeUnknownContainer, Message: fmt.Sprintf("check %s: not bound: %s", a.HostInterface, missing)}
+	}
+	return nil
 }
 
 // detach unbinds; unknown attachments are no error.

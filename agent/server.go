@@ -34,6 +34,7 @@ func newServer(cfg Config, log *slog.Logger, l *loop) *server {
 	s := &server{loop: l, cfg: cfg, log: log, mux: mux}
 	mux.HandleFunc("POST "+cni.PathAttach, s.attach)
 	mux.HandleFunc("POST "+cni.PathDetach, s.detach)
+	mux.HandleFunc("POST "+cni.PathBound, s.bound)
 	mux.HandleFunc("GET "+cni.PathReady, s.ready)
 	mux.HandleFunc("GET "+PathStatus, query(l.status))
 	mux.HandleFunc("GET "+PathPods, l.servePods)
@@ -133,6 +134,19 @@ func (s *server) detach(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.log.Info("detached", "interface", req.HostInterface, "container", req.ContainerID)
+	reply(w, struct{}{})
+}
+
+// bound answers CHECK: whether the attachment is in force with this content.
+func (s *server) bound(w http.ResponseWriter, r *http.Request) {
+	var req cni.AttachRequest
+	if !decode(w, r, &req) {
+		return
+	}
+	if err := s.loop.bound(r.Context(), req.Attachment); err != nil {
+		fail(w, http.StatusNotFound, err)
+		return
+	}
 	reply(w, struct{}{})
 }
 

@@ -49,15 +49,15 @@ func (l *loop) reconcile(ctx context.Context) error {
 	tick := time.NewTicker(orphanInterval)
 	defer tick.Stop()
 	for {
-		gone, err := cni.Reconcile(ctx, cni.ReconcileOptions{RunDir: l.cfg.RunDir, StateDir: l.cfg.StateDir})
-		if err != nil {
+		gone, err := cni.Reconcile(ctx, cni.ReconcileOptions{
+			RunDir: l.cfg.RunDir, StateDir: l.cfg.StateDir, Detach: l.detachOrphan,
+			Report: func(what string) { l.log.Info("attachments compared with links", "repaired", what) },
+		})
+		if err != nil && ctx.Err() == nil {
 			l.log.Error("look for orphaned attachments", "err", err)
 		}
 		for _, a := range gone {
 			l.log.Info("attachment orphaned: removed", "pod", podName(a).String(), "interface", a.HostInterface)
-			if err := l.detach(ctx, cni.DetachRequest{ContainerID: a.ContainerID, Interface: a.Interface, HostInterface: a.HostInterface}); err != nil {
-				l.log.Error("detach orphan", "interface", a.HostInterface, "err", err.Message)
-			}
 		}
 		select {
 		case <-tick.C:
@@ -65,6 +65,15 @@ func (l *loop) reconcile(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// detachOrphan unbinds before the address is given back: nobody else may get it bound.
+func (l *loop) detachOrphan(ctx context.Context, a cni.Attachment) error {
+	r := cni.DetachRequest{ContainerID: a.ContainerID, Interface: a.Interface, HostInterface: a.HostInterface}
+	if err := l.detach(ctx, r); err != nil {
+		return err
+	}
+	return nil
 }
 
 // logProblems logs what is new in the source's list of problems.
