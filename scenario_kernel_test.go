@@ -68,6 +68,7 @@ func (s *scenario) testPackets(t *testing.T) {
 		}
 	}
 	s.ask(t, questions, ends)
+	checkWhy(t, node, questions)
 	if err := node.detachAll(t.Context()); err != nil {
 		t.Error(err)
 	}
