@@ -289,12 +289,9 @@ same_residue() {
   return 1
 }
 
-# The agents of all nodes are killed again and again while pods talk. Nothing that is
-# allowed may be lost, nothing that is denied may pass.
-check_kill() {
-  local ns=kill server i sent got pids=()
-  new_namespace $ns
-  k -n $ns apply -f - >/dev/null <<K
+# traffic_pods NAMESPACE: a server, a friend on another node that policy lets in, a stranger
+traffic_pods() {
+  k -n "$1" apply -f - >/dev/null <<K
 apiVersion: v1
 kind: Pod
 metadata: {name: server, labels: {app: server}}
@@ -317,31 +314,95 @@ spec:
   podSelector: {matchLabels: {app: server}}
   ingress: [{from: [{podSelector: {matchLabels: {app: friend}}}]}]
 K
-  k -n $ns wait --for=condition=Ready pod --all --timeout=60s >/dev/null
-  server=$(k -n $ns get pod server -o 'jsonpath={.status.podIP}')
-  check "kill: stranger denied before" gone_within 5 k -n $ns exec stranger -- nc -z -w 1 "$server" 80
-  # Packets of one flow, and one new connection after another.
-  k -n $ns exec friend -- ping -q -i 0.01 -c 1500 "$server" >"$work/friend.ping" 2>&1 &
+  k -n "$1" wait --for=condition=Ready pod --all --timeout=60s >/dev/null
+  server=$(k -n "$1" get pod server -o 'jsonpath={.status.podIP}')
+  check "$1: stranger denied before" gone_within 5 k -n "$1" exec stranger -- nc -z -w 1 "$server" 80
+}
+
+# under_traffic NAMESPACE COMMAND: packets of one flow, and one new connection after
+# another, of both clients, while the command runs five times. Nothing that is allowed may be lost,
+# nothing that is denied may pass.
+under_traffic() {
+  local ns=$1 i sent got pids=()
+  shift
+  k -n "$ns" exec friend -- ping -q -i 0.01 -c 1500 "$server" >"$work/friend.ping" 2>&1 &
   pids+=($!)
-  k -n $ns exec stranger -- ping -q -i 0.01 -c 1500 "$server" >"$work/stranger.ping" 2>&1 &
+  k -n "$ns" exec stranger -- ping -q -i 0.01 -c 1500 "$server" >"$work/stranger.ping" 2>&1 &
   pids+=($!)
-  k -n $ns exec friend -- bash -c "end=\$((SECONDS+15)); while [ \$SECONDS -lt \$end ]; do nc -z -w 2 $server 80 && echo yes || echo no; done" >"$work/friend.tcp" 2>&1 &
+  k -n "$ns" exec friend -- bash -c "end=\$((SECONDS+15)); while [ \$SECONDS -lt \$end ]; do nc -z -w 2 $server 80 && echo yes || echo no; done" >"$work/friend.tcp" 2>&1 &
   pids+=($!)
-  k -n $ns exec stranger -- bash -c "end=\$((SECONDS+15)); while [ \$SECONDS -lt \$end ]; do for i in 1 2 3 4 5; do (nc -z -w 1 $server 80 && echo yes || echo no) & done; wait; done" >"$work/stranger.tcp" 2>&1 &
+  k -n "$ns" exec stranger -- bash -c "end=\$((SECONDS+15)); while [ \$SECONDS -lt \$end ]; do for i in 1 2 3 4 5; do (nc -z -w 1 $server 80 && echo yes || echo no) & done; wait; done" >"$work/stranger.tcp" 2>&1 &
   pids+=($!)
   for i in 1 2 3 4 5; do
     sleep 2
-    kill_agents
+    "$@"
   done
   wait "${pids[@]}" || true
-  check "kill: no packet of a live allowed flow lost" says ', 0% packet loss' "$work/friend.ping"
-  check "kill: no packet of a denied flow passed" says ' 0 \(packets \)\?received' "$work/stranger.ping"
+  check "$ns: no packet of a live allowed flow lost" says ', 0% packet loss' "$work/friend.ping"
+  check "$ns: no packet of a denied flow passed" says ' 0 \(packets \)\?received' "$work/stranger.ping"
   got=$(grep -c yes "$work/friend.tcp") sent=$(grep -c . "$work/friend.tcp")
-  check "kill: $got of $sent allowed new connections" test "$got" = "$sent"
+  check "$ns: $got of $sent allowed new connections" test "$got" = "$sent"
   got=$(grep -c yes "$work/stranger.tcp") sent=$(grep -c . "$work/stranger.tcp")
-  check "kill: $got of $sent denied new connections" test "$got" = 0
+  check "$ns: $got of $sent denied new connections" test "$got" = 0
+}
+
+# The agents of all nodes are killed again and again while pods talk.
+check_kill() {
+  new_namespace kill
+  traffic_pods kill
+  under_traffic kill kill_agents
   check "kill: agents serve again" within 200 agents_ready
-  drop_namespace $ns
+  drop_namespace kill
+}
+
+# containerd and kubelet are killed while pods talk.
+check_restart() {
+  local n
+  [ -n "${bench:-}" ] || { echo "     restart: needs the nodes of the bench"; return; }
+  new_namespace restart
+  traffic_pods restart
+  under_traffic restart restart_runtimes
+  for n in $(node_names); do
+    check "restart: a new pod on $n" run_pod restart "after-$n" "$n"
+  done
+  drop_namespace restart
+}
+
+restart_runtimes() { local n; for n in $(node_names); do restart_daemon "$n" containerd; restart_daemon "$n" kubelet; done; }
+
+# restart_daemon NODE NAME: kills it, and starts it again with the same arguments
+restart_daemon() {
+  on "$1" bash -c 'pid=$(pgrep -ox "$0") || exit 0
+    mapfile -d "" args </proc/$pid/cmdline
+    kill -9 $pid
+    while [ -e /proc/$pid ]; do sleep 0.1; done
+    exec </dev/null >>/etc/kubernetes/again.log 2>&1
+    setsid --fork "${args[@]}"' "$2"
+}
+
+# run_pod NAMESPACE NAME NODE: a pod that gets ready
+run_pod() {
+  k -n "$1" apply -f - >/dev/null <<<"{apiVersion: v1, kind: Pod, metadata: {name: $2}, spec: {nodeName: $3, terminationGracePeriodSeconds: 0, containers: [{name: c, image: $image, args: [netexec, --http-port=80]}]}}"
+  k -n "$1" wait --for=condition=Ready "pod/$2" --timeout=90s
+}
+
+# Without the DaemonSet pods stay connected, policy stays in force, and new pods wait.
+check_removed() {
+  [ "$form" = daemonset ] || return 0
+  new_namespace removed
+  traffic_pods removed
+  k -n kube-system delete ds nftcni --wait=true >/dev/null
+  k -n kube-system wait --for=delete pod -l app.kubernetes.io/name=nftcni --timeout=60s >/dev/null
+  under_traffic removed true
+  check "removed: a new pod waits" not run_pod_soon removed new "$(first_node)"
+  k apply -f deploy/nftcni.yaml >/dev/null
+  check "removed: it starts when nftcni is back" k -n removed wait --for=condition=Ready pod/new --timeout=120s
+  drop_namespace removed
+}
+
+run_pod_soon() {
+  k -n "$1" apply -f - >/dev/null <<<"{apiVersion: v1, kind: Pod, metadata: {name: $2}, spec: {nodeName: $3, terminationGracePeriodSeconds: 0, containers: [{name: c, image: $image, args: [pause]}]}}"
+  k -n "$1" wait --for=condition=Ready "pod/$2" --timeout=8s
 }
 
 # says PATTERN FILE: shows the file if it does not
@@ -372,5 +433,5 @@ stop_agent() {
 }
 
 start_agent() {
-  on "$1" setsid --fork bash -c 'exec </dev/null >>/run/nftcni/again.log 2>&1; exec $(sed -n s/^ExecStart=//p /etc/systemd/system/nftcni-agent.service)'
+  on "$1" setsid --fork bash -c 'exec </dev/null >>/etc/kubernetes/nftcni-agent.log 2>&1; exec $(sed -n s/^ExecStart=//p /etc/systemd/system/nftcni-agent.service)'
 }
