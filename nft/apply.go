@@ -30,7 +30,8 @@ type pending struct {
 // look twice, which is exact as long as the key does not change again before that reader is through. Apply sees to
 // that: where a step would, it waits for a grace period first. It waits as well between a step that changes profiles
 // or isolation and the next one that changes a decision: a packet reads its profiles first, and must not meet what is two
-// changes younger (docs/decisions/0006). Binding a new pod never waits for another.
+// changes younger (docs/decisions/0006). Binding a new pod never waits for another. The delta's own wishes, Settle and
+// Pause, are honoured in any case.
 func (t *Table) Apply(ctx context.Context, c Change) (Receipt, error) {
 	began := time.Now()
 	if err := c.validate(); err != nil {
@@ -85,8 +86,13 @@ func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 			return r, err
 		}
 	}
+	if c.Delta.Settle && len(t.dropping) > 0 {
+		if err := t.graceAndFinish(ctx); err != nil {
+			return r, err
+		}
+	}
 	for i, step := range steps {
-		if err := t.settle(ctx, step); err != nil {
+		if err := t.settle(ctx, step, i > 0 && i == c.Delta.Pause); err != nil {
 			return r, err
 		}
 		if i == len(steps)-1 {
@@ -203,9 +209,9 @@ func (b *batch) step(step []policy.Op) {
 
 // settle waits for a grace period when packets in flight may be older than what step assumes: it touches a key that
 // they may look up twice over, or one whose deletion is still owed, or it changes decisions while they may hold a profile
-// from before the last change.
-func (t *Table) settle(ctx context.Context, step []policy.Op) error {
-	conflict := false
+// from before the last change. With pause it waits whatever the step changes.
+func (t *Table) settle(ctx context.Context, step []policy.Op, pause bool) error {
+	conflict := pause
 	for _, o := range step {
 		_, changed := t.changed[o.Key]
 		conflict = conflict || t.dropping[o.Key] || !t.replaces && changed || t.judged != 0 && addressed(o.Map)

@@ -453,18 +453,65 @@ func TestKernelFlipTestCanFail(t *testing.T) {
 		}
 	})
 	t.Run("stages in one transaction", func(t *testing.T) {
-		w, f := flipWorld(t, false)
-		lost, leaked := underTraffic(t, w, f, func(int) bool {
-			d := f.next()
-			var one []policy.Op
-			for _, s := range append(d.Steps, d.Drops) {
-				one = append(one, s...)
-			}
-			apply(t, w.table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{once(one)}}})
-			return true
-		})
-		t.Logf("one transaction: %d wrong", lost+leaked)
+		// Every packet that spans a commit is judged half by the old and half by the new policy: one change in a
+		// thousand or two shows it. Apply's waits are left out, which alone is wrong once in 100,000 changes
+		// (docs/decisions/0006): the bound stays far below that.
+		const bound = 20_000
+		n, wrong := 0, false
+		for round := 0; round < 6 && n < bound && !wrong; round++ {
+			w, f := flipWorld(t, false)
+			lost, leaked := underTraffic(t, w, f, func(int) bool {
+				r := apply(t, w.table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{inOne(f.next())}}})
+				if err := w.table.Finish(context.Background(), r.Seq); err != nil {
+					t.Error(err)
+				}
+				n++
+				return n < bound && (n%100 != 0 || denied(t, addr(f.good), addr(f.closed)) == 0)
+			})
+			wrong = lost+leaked > 0
+		}
+		t.Logf("stages in one transaction: wrong within %d changes: %v", n, wrong)
+		if !wrong {
+			t.Error("stages in one transaction were never seen to be wrong: the test above proves nothing")
+		}
 	})
+}
+
+// inOne puts the three stages of a flip into one transaction.
+func inOne(d policy.Delta) []policy.Op {
+	var one []policy.Op
+	for _, s := range append(d.Steps, d.Drops) {
+		one = append(one, s...)
+	}
+	return once(one)
+}
+
+// TestKernelSettleAndPause: a delta that asks for it waits, and what earlier deltas owe is deleted then.
+func TestKernelSettleAndPause(t *testing.T) {
+	namespace(t)
+	table := open(t, nft.Options{})
+	apply(t, table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{classes()}}})
+	for i, c := range []struct {
+		name  string
+		delta policy.Delta
+		gone  bool
+	}{
+		{"neither", policy.Delta{}, false},
+		{"settle", policy.Delta{Settle: true}, true},
+		{"pause", policy.Delta{Pause: 1}, true},
+	} {
+		owed := others(profileWeb + uint32(2*i))
+		fresh := func(n uint32) []policy.Op { return []policy.Op{put(access(profileWeb+100+uint32(i), n), classWeb)} }
+		r := apply(t, table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{{put(owed, classDeny)}}}})
+		finish(t, table, r)
+		apply(t, table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{{put(others(profileWeb+uint32(2*i+1)), classDeny)}}, Drops: []policy.Op{del(owed)}}})
+		c.delta.Steps = [][]policy.Op{fresh(1), fresh(2)}
+		r = apply(t, table, nft.Change{Delta: c.delta})
+		if _, found, err := table.Lookup(context.Background(), owed); err != nil || found == c.gone {
+			t.Errorf("%s: what was owed before is there: %v, %v; want %v", c.name, found, err, !c.gone)
+		}
+		finish(t, table, r)
+	}
 }
 
 // once cancels what a flip adds and drops again.
