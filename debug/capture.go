@@ -97,19 +97,11 @@ func capture(ctx context.Context, name string, fl captureFlags, to io.Writer) (n
 	if err != nil {
 		return 0, fmt.Errorf("interface %s: %w", name, err)
 	}
-	all := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, unix.ETH_P_ALL))
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(all))
-	if errors.Is(err, unix.EPERM) {
-		return 0, fmt.Errorf("open packet socket: run as root (CAP_NET_RAW): %w", err)
-	}
+	fd, err := packetSocket(link)
 	if err != nil {
-		return 0, fmt.Errorf("open packet socket: %w", err)
+		return 0, err
 	}
 	defer func() { _ = unix.Close(fd) }()
-	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Index}); err != nil {
-		return 0, fmt.Errorf("bind packet socket to %s: %w", name, err)
-	}
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20) // without it more packets are lost under load
 	w := bufio.NewWriterSize(to, 1<<16)
 	defer func() { err = errors.Join(err, w.Flush()) }()
 	if _, err := w.Write(pcapHeader(fl.snaplen)); err != nil {
@@ -133,6 +125,23 @@ func capture(ctx context.Context, name string, fl captureFlags, to io.Writer) (n
 		n++
 	}
 	return n, nil
+}
+
+// packetSocket sees every packet of a link (packet(7)).
+func packetSocket(link *net.Interface) (int, error) {
+	all := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, unix.ETH_P_ALL))
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(all))
+	if errors.Is(err, unix.EPERM) {
+		return -1, fmt.Errorf("open packet socket: run as root (CAP_NET_RAW): %w", err)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("open packet socket: %w", err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Index}); err != nil {
+		return -1, errors.Join(fmt.Errorf("bind packet socket to %s: %w", link.Name, err), unix.Close(fd))
+	}
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20) // without it more packets are lost under load
+	return fd, nil
 }
 
 // receive reads one packet; 0 means that none came within a tenth of a second, in which

@@ -2,6 +2,7 @@ package debug
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -83,38 +84,23 @@ func (s *session) trace(cmd *cobra.Command, fl traceFlags) error {
 	}
 	ctx, cancel := boundedContext(cmd.Context(), fl.seconds)
 	defer cancel()
-	w := cmd.OutOrStdout()
-	t := tracer{names: newNames(snap), places: places, why: newReasons(snap.Cluster, snap.Node), snap: snap, links: map[uint32]string{}, flows: map[uint32]policy.Flow{}}
+	t := tracer{names: newNames(snap), places: places, why: newReasons(snap.Cluster, snap.Node), snap: snap, packets: fl.packets,
+		links: map[uint32]string{}, flows: map[uint32]policy.Flow{}, ended: map[uint32]bool{}}
 	var failed error
-	ended := map[uint32]bool{}
 	err = nft.Trace(ctx, nft.Options{}, filter,
 		func() { noticeTo(cmd)("tracing; try the connection now") },
 		func(step nft.TraceStep) {
-			if fl.packets > 0 && len(t.flows) >= fl.packets && t.flows[step.Packet] == (policy.Flow{}) {
-				return
+			if hop, show := t.step(step); show && failed == nil {
+				failed = s.printHop(cmd, cmd.OutOrStdout(), hop)
 			}
-			hop := t.hop(step)
-			if step.Table == nft.TraceTable && hop.Flow == nil {
-				return // how the packet was marked says nothing
-			}
-			if err := s.printHop(cmd, w, hop); err != nil {
-				failed = err
-				cancel()
-			}
-			if hop.terminal {
-				ended[step.Packet] = true
-			}
-			if fl.packets > 0 && len(ended) >= fl.packets {
+			if failed != nil || t.enough() {
 				cancel()
 			}
 		})
 	if err == nil && failed == nil && len(t.flows) == 0 {
 		noticeTo(cmd)("no matching packet was seen")
 	}
-	if err != nil {
-		return err
-	}
-	return failed
+	return errors.Join(err, failed)
 }
 
 // boundedContext ends after seconds, 0 meaning with parent.
@@ -171,6 +157,24 @@ type tracer struct {
 	places map[nft.RuleID]nft.RulePlace
 	links  map[uint32]string
 	flows  map[uint32]policy.Flow // by packet
+
+	packets int             // how many are wanted; 0: no end
+	ended   map[uint32]bool // packets that were dropped, or are out
+}
+
+func (t *tracer) enough() bool { return t.packets > 0 && len(t.ended) >= t.packets }
+
+// step returns the hop of a step and whether it is worth showing: not when the packets are
+// more than were asked for, nor how a packet was marked.
+func (t *tracer) step(s nft.TraceStep) (Hop, bool) {
+	if t.packets > 0 && len(t.flows) >= t.packets && t.flows[s.Packet] == (policy.Flow{}) {
+		return Hop{}, false
+	}
+	h := t.hop(s)
+	if h.terminal {
+		t.ended[s.Packet] = true
+	}
+	return h, s.Table != nft.TraceTable || h.Flow != nil
 }
 
 func (t *tracer) hop(s nft.TraceStep) Hop {

@@ -66,7 +66,7 @@ func (s *session) wait(ctx context.Context, name string, fl waitFlags) (agent.En
 	ctx, cancel := context.WithTimeout(ctx, fl.timeout)
 	defer cancel()
 	want := fl.generation
-	if want == 0 && fl.read.kubeconfig != "" && !fl.deleted {
+	if want == 0 && fl.read != (apiFlags{}) && !fl.deleted {
 		var err error
 		if want, err = fl.read.generation(ctx, name); err != nil {
 			return agent.Enforced{}, err

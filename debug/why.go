@@ -17,12 +17,13 @@ import (
 
 func (s *session) whyCommand() *cobra.Command {
 	var all bool
+	var api apiFlags
 	cmd := &cobra.Command{
 		Use:   "why SRC DST PROTO/PORT",
 		Short: "Say whether SRC may reach DST, and which policy and rule decide",
 		Long: "Say whether SRC may reach DST, and which policy and rule decide.\n\n" +
 			"SRC and DST are namespace/pod, a pod's name, an address, or world; DST may be a DNS\n" +
-			"name too. The verdict is the oracle's; beside it stands what the kernel's own tables\n" +
+			"name too, or with --kubeconfig a Service as svc/namespace/name. The verdict is the oracle's; beside it stands what the kernel's own tables\n" +
 			"decide for the same flow, read element by element. Below are the route, the neighbour\n" +
 			"and the live connections between the two.\n\n" +
 			"Exit status 2: oracle and kernel disagree.",
@@ -31,7 +32,7 @@ func (s *session) whyCommand() *cobra.Command {
 		Args:              cobra.ExactArgs(3),
 		ValidArgsFunction: s.completePods(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			answers, err := s.why(cmd.Context(), args, noticeTo(cmd))
+			answers, err := s.why(cmd.Context(), args, api, noticeTo(cmd))
 			if err != nil {
 				return err
 			}
@@ -42,6 +43,7 @@ func (s *session) whyCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "every rule that was considered, and why it did not match")
+	api.register(cmd.Flags())
 	return cmd
 }
 
@@ -56,12 +58,12 @@ func disagreement(answers []Answer) error {
 }
 
 // why answers for every family that both ends have.
-func (s *session) why(ctx context.Context, args []string, notice func(string)) ([]Answer, error) {
+func (s *session) why(ctx context.Context, args []string, api apiFlags, notice func(string)) ([]Answer, error) {
 	snap, err := s.snapshot(ctx, notice)
 	if err != nil {
 		return nil, err
 	}
-	q, err := newQuestion(ctx, snap.Cluster, args)
+	questions, err := newQuestions(ctx, snap.Cluster, args, api)
 	if err != nil {
 		return nil, err
 	}
@@ -73,11 +75,44 @@ func (s *session) why(ctx context.Context, args []string, notice func(string)) (
 		defer func() { _ = reader.Close() }()
 		ask.decide = reader.Decide
 	}
-	answers, err := q.answers(ctx, snap, ask)
-	for i := range answers {
-		answers[i].Path = pathOf(ctx, answers[i].flow)
+	var out []Answer
+	for _, q := range questions {
+		answers, err := q.answers(ctx, snap, ask)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, answers...)
 	}
-	return answers, err
+	for i := range out {
+		out[i].Path = pathOf(ctx, out[i].flow)
+	}
+	return out, nil
+}
+
+// newQuestions is newQuestion, or for a Service one question for each backend.
+func newQuestions(ctx context.Context, c *policy.Cluster, args []string, api apiFlags) ([]question, error) {
+	name, isService := strings.CutPrefix(args[1], "svc/")
+	if !isService {
+		q, err := newQuestion(ctx, c, args)
+		return []question{q}, err
+	}
+	svc, err := parseService(args[2])
+	if err != nil {
+		return nil, err
+	}
+	src, err := resolve(c, args[0])
+	if err != nil {
+		return nil, fmt.Errorf("SRC: %w", err)
+	}
+	list, err := api.backends(ctx, c, name, svc)
+	if err != nil {
+		return nil, fmt.Errorf("DST: %w", err)
+	}
+	var out []question
+	for _, b := range list {
+		out = append(out, question{src: src, dst: b.endpoint, service: service{protocol: svc.protocol, port: b.port}})
+	}
+	return out, nil
 }
 
 // kernel decides flows by the kernel's tables, or says why it cannot.
