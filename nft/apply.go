@@ -57,7 +57,10 @@ func (t *Table) Apply(ctx context.Context, c Change) (Receipt, error) {
 // validate refuses what would not be a pod's interface or address.
 func (c Change) validate() error {
 	for _, b := range c.Bind {
-		if !strings.HasPrefix(b.Interface, InterfacePrefix) || len(b.Interface) >= unix.IFNAMSIZ {
+		if b.Interface == "" && b.Masquerade {
+			return fmt.Errorf("bind %s: masquerading needs the pod's interface", b.Addr)
+		}
+		if b.Interface != "" && (!strings.HasPrefix(b.Interface, InterfacePrefix) || len(b.Interface) >= unix.IFNAMSIZ) {
 			return fmt.Errorf("bind %s: interface %q: want a name of at most 15 bytes that begins with %q", b.Addr, b.Interface, InterfacePrefix)
 		}
 		if !b.Addr.IsValid() || b.Addr.Is4In6() || b.Addr.Zone() != "" {

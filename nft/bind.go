@@ -42,27 +42,30 @@ func (t *Table) fresh(want []Binding) map[netip.Addr]bool {
 	held := t.addressesWithout(nil)
 	out := map[netip.Addr]bool{}
 	for _, w := range want {
-		if !held[w.Addr] {
+		if !held[w.Addr].local {
 			out[w.Addr] = true
 		}
 	}
 	return out
 }
 
-// addressesWithout says which addresses are still bound somewhere when gone is unbound.
-func (t *Table) addressesWithout(gone []Binding) map[netip.Addr]bool {
+// addressesWithout says which addresses are still bound somewhere when gone is unbound, and whether to an interface.
+func (t *Table) addressesWithout(gone []Binding) map[netip.Addr]holding {
 	going := map[bindingKey]bool{}
 	for _, g := range gone {
 		going[g.key()] = true
 	}
-	left := map[netip.Addr]bool{}
+	left := map[netip.Addr]holding{}
 	for k := range t.bound {
 		if !going[k] {
-			left[k.addr] = true
+			left[k.addr] = holding{local: true, wired: left[k.addr].wired || k.iface != ""}
 		}
 	}
 	return left
 }
+
+// holding says in which sets an address stands because of its bindings.
+type holding struct{ local, wired bool }
 
 func familyOf(a netip.Addr) string {
 	if a.Is4() {
@@ -77,7 +80,8 @@ func bindingBytes(b Binding) []byte {
 	return append(name, b.Addr.AsSlice()...)
 }
 
-// bind lets a pod send and receive. Elements that are there already are no-ops.
+// bind lets a pod send and receive. Elements that are there already are no-ops. Without an interface another CNI
+// wires the pod: its packets are judged, and no guard stands at its interface.
 func (b *batch) bind(x Binding) {
 	f, a, comment := familyOf(x.Addr), x.Addr.AsSlice(), cleanComment(x.Comment)
 	does := x.Interface + " . " + x.Addr.String()
@@ -86,6 +90,10 @@ func (b *batch) bind(x Binding) {
 	if x.Masquerade {
 		b.element(false, "masquerade"+f, element{key: rawKey{first: a}, comment: comment}, does)
 	}
+	if x.Interface == "" {
+		return
+	}
+	b.element(false, "wired"+f, element{key: rawKey{first: a}, comment: comment}, does)
 	b.element(false, "bound"+f, element{key: rawKey{first: bindingBytes(x)}, comment: comment}, does)
 }
 
@@ -99,12 +107,17 @@ func (b *batch) rebind(binds []Binding, bound map[bindingKey]Binding) {
 	}
 }
 
-// unbind is the inverse of bind; the address itself stays while another interface holds it.
-func (b *batch) unbind(x Binding, shared bool) {
+// unbind is the inverse of bind; the address itself stays while another binding holds it.
+func (b *batch) unbind(x Binding, left holding) {
 	f, a := familyOf(x.Addr), x.Addr.AsSlice()
 	does := x.Interface + " . " + x.Addr.String()
-	b.element(true, "bound"+f, element{key: rawKey{first: bindingBytes(x)}}, does)
-	if shared {
+	if x.Interface != "" {
+		b.element(true, "bound"+f, element{key: rawKey{first: bindingBytes(x)}}, does)
+		if !left.wired {
+			b.element(true, "wired"+f, element{key: rawKey{first: a}}, does)
+		}
+	}
+	if left.local {
 		return
 	}
 	b.element(true, "local"+f, element{key: rawKey{first: a}}, does)

@@ -215,7 +215,7 @@ func baseChains() []chain {
 	for _, f := range families() {
 		judge = append(judge, does(in{key: key{f.src}, set: "local" + f.suffix}, goTo("pod"+f.suffix)),
 			does(in{key: key{f.dst}, set: "local" + f.suffix}, goTo("pod"+f.suffix)))
-		spoofed = append(spoofed, dropped(in{key: key{f.src}, set: "local" + f.suffix}, "a local pod's address from outside"))
+		spoofed = append(spoofed, dropped(in{key: key{f.src}, set: "wired" + f.suffix}, "a local pod's address from outside"))
 		bound = append(bound, does(in{key: key{iifname, f.src}, set: "bound" + f.suffix}, ret))
 		reach = append(reach, does(in{key: key{oifname, f.dst}, set: "bound" + f.suffix}, ret))
 		masq = append(masq, masqueradeRule(f))

@@ -115,6 +115,7 @@ func familySets(f family) []*setSpec {
 	s := f.suffix
 	return []*setSpec{
 		{name: "local" + s, key: a, comment: "addresses of this node's pods"},
+		{name: "wired" + s, key: a, comment: "of these, those behind a pod interface of ours"},
 		{name: "bound" + s, key: []dataType{typeIfname, f.addr}, comment: "pod interface . its address"},
 		{name: "self" + s, key: pair, comment: "a pod's address twice: hairpin"},
 		{name: "pod_id" + s, key: a, data: &c, comment: "pod address -> identity"},

@@ -140,13 +140,20 @@ func (t *Table) readBindings(ctx context.Context) (State, error) {
 		if err != nil {
 			return State{}, err
 		}
+		wired := map[string]bool{}
 		for _, e := range bound {
 			if len(e.key) != unix.IFNAMSIZ+int(f.addr.size) {
 				return State{}, fmt.Errorf("set bound%s: key of %d bytes", f.suffix, len(e.key))
 			}
 			a, _ := netip.AddrFromSlice(e.key[unix.IFNAMSIZ:])
+			wired[string(e.key[unix.IFNAMSIZ:])] = true
 			s.Bindings = append(s.Bindings, Binding{cString(e.key[:unix.IFNAMSIZ]), a, hidden[string(e.key[unix.IFNAMSIZ:])], e.comment})
 		}
+		foreign, err := t.readUnwired(f, wired)
+		if err != nil {
+			return State{}, err
+		}
+		s.Bindings = append(s.Bindings, foreign...)
 		networks, err := t.reader.dump("pod_networks" + f.suffix)
 		if err != nil {
 			return State{}, err
@@ -157,6 +164,29 @@ func (t *Table) readBindings(ctx context.Context) (State, error) {
 	}
 	slices.SortFunc(s.Bindings, func(x, y Binding) int { return cmp.Or(cmp.Compare(x.Interface, y.Interface), x.Addr.Compare(y.Addr)) })
 	return s, nil
+}
+
+// readUnwired reads the bindings without interface: what is local and hairpins like a pod's address, but is not wired.
+func (t *Table) readUnwired(f family, wired map[string]bool) ([]Binding, error) {
+	pairs, err := t.reader.dump("self" + f.suffix)
+	if err != nil {
+		return nil, err
+	}
+	pods := map[string]bool{}
+	for _, e := range pairs {
+		pods[string(e.key[len(e.key)/2:])] = true
+	}
+	local, err := t.reader.dump("local" + f.suffix)
+	if err != nil {
+		return nil, err
+	}
+	var out []Binding
+	for _, e := range local {
+		if a, ok := netip.AddrFromSlice(e.key); ok && pods[string(e.key)] && !wired[string(e.key)] {
+			out = append(out, Binding{Addr: a, Comment: e.comment})
+		}
+	}
+	return out, nil
 }
 
 // prefixes covers a range with the fewest prefixes.

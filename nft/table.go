@@ -50,7 +50,7 @@ type Table struct {
 
 // Binding is a pod's interface and one of its addresses.
 type Binding struct {
-	Interface  string // host side, beginning with InterfacePrefix
+	Interface  string // host side, beginning with InterfacePrefix; empty where another CNI wires the pod
 	Addr       netip.Addr
 	Masquerade bool   // what leaves the pod networks from it is masqueraded
 	Comment    string // "namespace/pod"

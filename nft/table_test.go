@@ -96,6 +96,7 @@ func TestKernelErrorsNameTheElement(t *testing.T) {
 	}{
 		{"foreign interface", `interface "eth0"`, nft.Change{Bind: []nft.Binding{{Interface: "eth0", Addr: podAddr(1)}}}},
 		{"long interface", "at most 15 bytes", nft.Change{Bind: []nft.Binding{{Interface: "nft0123456789abcdef", Addr: podAddr(1)}}}},
+		{"masquerading without interface", "needs the pod's interface", nft.Change{Bind: []nft.Binding{{Addr: podAddr(1), Masquerade: true}}}},
 		{"no address", "want an IPv4 or IPv6 address", nft.Change{Bind: []nft.Binding{{Interface: "nft0"}}}},
 		{"host bits", "without host bits", nft.Change{PodNetworks: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}},
 	} {
@@ -119,6 +120,8 @@ func TestKernelAdoptOrReplace(t *testing.T) {
 		{"rule removed", "flush chain inet nftcni from_pod", true},
 		{"verdict changed", "delete element inet nftcni verdict { 0:2 }; add element inet nftcni verdict { 0:2 : return }", true},
 		{"foreign set", "add set inet nftcni x { type ipv4_addr; }", true},
+		{"pod's address not wired any more", "flush set inet nftcni wired4", true},
+		{"foreign wired address", "add element inet nftcni wired4 { 1.2.3.4 }", true},
 		{"local address gone", "flush set inet nftcni local4", true},
 		{"foreign local address", "add element inet nftcni local4 { 1.2.3.4 }", true},
 		{"foreign chain", "add chain inet nftcni x", true},

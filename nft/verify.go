@@ -274,12 +274,12 @@ func sameFixed(s *setSpec, elements []rawElement) bool {
 	return true
 }
 
-// bindingsDiffer looks for what only somebody else's edit leaves behind: an address that is bound but not local, or
-// local without being bound, or a stamp that is not the epoch.
+// bindingsDiffer looks for what only somebody else's edit leaves behind: an address that is bound but not local or
+// not wired, or wired without being bound, or a stamp that is not the epoch.
 func (t *Table) bindingsDiffer() (string, error) {
 	for _, f := range families() {
 		keys := map[string]map[string]bool{}
-		for _, set := range []string{"bound", "local", "self", "masquerade"} {
+		for _, set := range []string{"bound", "wired", "local", "self", "masquerade"} {
 			elements, err := t.reader.dump(set + f.suffix)
 			if err != nil {
 				return "", err
@@ -289,8 +289,16 @@ func (t *Table) bindingsDiffer() (string, error) {
 				keys[set][string(e.key[max(0, len(e.key)-int(f.addr.size)):])] = true
 			}
 		}
-		if !maps.Equal(keys["bound"], keys["local"]) || !maps.Equal(keys["bound"], keys["self"]) {
-			return "local" + f.suffix + " and self" + f.suffix + " are not what is bound", nil
+		if !maps.Equal(keys["local"], keys["self"]) {
+			return "local" + f.suffix + " and self" + f.suffix + " hold different addresses", nil
+		}
+		if !maps.Equal(keys["bound"], keys["wired"]) {
+			return "wired" + f.suffix + " is not what is bound", nil
+		}
+		for k := range keys["bound"] {
+			if !keys["local"][k] {
+				return "bound" + f.suffix + " has an address that is not local", nil
+			}
 		}
 		for k := range keys["masquerade"] {
 			if !keys["bound"][k] {
