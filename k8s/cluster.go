@@ -74,6 +74,9 @@ func (c *Cluster) Run(ctx context.Context, sink Sink) error {
 	l := &link{log: c.log, changed: r.setOffline}
 	var wg sync.WaitGroup
 	wg.Go(func() { c.sendEvents(ctx) })
+	if c.clients.tokenFile != "" {
+		wg.Go(func() { c.keepToken(ctx) })
+	}
 	for kind := range kindCount {
 		resource, client, example := c.resource(kind)
 		lw := l.watched(resource, cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(*metav1.ListOptions) {}))

@@ -33,6 +33,7 @@ type ClusterOptions struct {
 type clients struct {
 	core, networking rest.Interface
 	transport        http.RoundTripper
+	tokenFile        string // of a kubeconfig, for keepToken
 }
 
 func connect(o ClusterOptions) (clients, error) {
@@ -64,7 +65,11 @@ func connect(o ClusterOptions) (clients, error) {
 	if err := errors.Join(err1, err2); err != nil {
 		return clients{}, fmt.Errorf("connect to the API server: %w", err)
 	}
-	return clients{core: core, networking: networking, transport: httpClient.Transport}, nil
+	c := clients{core: core, networking: networking, transport: httpClient.Transport}
+	if o.Kubeconfig != "" { // the kubelet renews the token of a pod
+		c.tokenFile = cfg.BearerTokenFile
+	}
+	return c, nil
 }
 
 func loadConfig(o ClusterOptions) (*rest.Config, error) {

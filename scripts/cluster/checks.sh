@@ -184,6 +184,10 @@ check_rights() {
   check "rights: key of another Node refused" not as_agent annotate --overwrite node "$other" nftcni.io/wireguard-keys=0:AAAA
   check "rights: label of the own Node refused" not as_agent label --overwrite node "$node" trusted=yes
   k annotate node "$node" nftcni.io/wireguard-keys- >/dev/null
+  agent_token() { as_agent -n kube-system create token nftcni "$@" >/dev/null; }
+  check "rights: the next token for the own node" agent_token --bound-object-kind Node --bound-object-name "$node"
+  check "rights: token for another node refused" not agent_token --bound-object-kind Node --bound-object-name "$other"
+  check "rights: token bound to nothing refused" not agent_token
   check "rights: secrets refused" not as_agent get secrets -A
   k -n $ns annotate pod "on-$node" nftcni.io/addresses- >/dev/null
   drop_namespace $ns
