@@ -17,6 +17,9 @@ const insideNode = "NFTCNI_TEST_INSIDE_NODE"
 // TestMain lets the test binary stand for the product: started under the name nftcni
 // it is nftcni, so that tests execute the real plugin and agent without a build.
 func TestMain(m *testing.M) {
+	if step := os.Getenv(envFault); step != "" && os.Getenv("CNI_COMMAND") != "" {
+		os.Exit(pluginUnderFault(step))
+	}
 	if filepath.Base(os.Args[0]) == "nftcni" || os.Getenv("CNI_COMMAND") != "" {
 		main()
 		return

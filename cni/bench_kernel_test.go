@@ -138,7 +138,7 @@ func BenchmarkKernelSteps(b *testing.B) {
 			var out bytes.Buffer
 			last := time.Now()
 			p := Plugin{Getenv: func(k string) string { return env[k] }, Stdin: bytes.NewReader(stdin), Stdout: &out, Stderr: &out,
-				fault: func(step string) {
+				AfterStep: func(step string) {
 					times[step] = append(times[step], time.Since(last))
 					last = time.Now()
 				}}

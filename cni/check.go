@@ -133,7 +133,7 @@ func (k *checking) checkPodAddresses(context.Context) error {
 	if k.wire.inside == 0 {
 		return nil
 	}
-	have, err := k.wire.pod.AddrList(linkAt(k.wire.inside), unix.AF_UNSPEC)
+	have, err := again(func() ([]netlink.Addr, error) { return k.wire.pod.AddrList(linkAt(k.wire.inside), unix.AF_UNSPEC) })
 	if err != nil {
 		return fmt.Errorf("list addresses of %s: %w", k.ifname, err)
 	}
@@ -175,7 +175,9 @@ func (k *checking) gatewaysAsIP() []string {
 func (k *checking) compareRoutes(where string, h *netlink.Handle, link int, want []netlink.Route) error {
 	var have []netlink.Route
 	for _, fam := range []int{unix.AF_INET, unix.AF_INET6} {
-		list, err := h.RouteListFiltered(fam, &netlink.Route{LinkIndex: link}, netlink.RT_FILTER_OIF)
+		list, err := again(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(fam, &netlink.Route{LinkIndex: link}, netlink.RT_FILTER_OIF)
+		})
 		if err != nil {
 			return fmt.Errorf("list routes %s: %w", where, err)
 		}
@@ -201,7 +203,7 @@ func (k *checking) checkNeighbours(context.Context) error {
 		if side.link == 0 {
 			continue
 		}
-		have, err := side.h.NeighList(side.link, unix.AF_UNSPEC)
+		have, err := again(func() ([]netlink.Neigh, error) { return side.h.NeighList(side.link, unix.AF_UNSPEC) })
 		if err != nil {
 			return fmt.Errorf("list neighbours %s: %w", side.where, err)
 		}

@@ -20,7 +20,7 @@ type Leftovers struct {
 // those of protocol RouteProtocol in every table.
 func FindLeftovers(h *netlink.Handle) (Leftovers, error) {
 	var l Leftovers
-	links, err := h.LinkList()
+	links, err := again(h.LinkList)
 	if err != nil {
 		return l, fmt.Errorf("list links: %w", err)
 	}
@@ -31,7 +31,9 @@ func FindLeftovers(h *netlink.Handle) (Leftovers, error) {
 	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		filter := &netlink.Route{Protocol: RouteProtocol, Table: unix.RT_TABLE_UNSPEC}
-		routes, err := h.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		routes, err := again(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		})
 		if err != nil {
 			return l, fmt.Errorf("list routes: %w", err)
 		}

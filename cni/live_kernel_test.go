@@ -82,7 +82,7 @@ func TestKernelNamespaceGoesDuringAdd(t *testing.T) {
 			env := map[string]string{"CNI_COMMAND": "ADD", "CNI_CONTAINERID": "a", "CNI_IFNAME": "eth0", "CNI_NETNS": n.pod("a"), "CNI_PATH": n.bin}
 			var out bytes.Buffer
 			p := Plugin{Getenv: func(k string) string { return env[k] }, Stdin: bytes.NewReader(stdin), Stdout: &out, Stderr: &out,
-				fault: func(done string) {
+				AfterStep: func(done string) {
 					if done == step {
 						n.kill("a")
 					}

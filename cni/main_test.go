@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 	switch filepath.Base(os.Args[0]) {
 	case "nftcni":
 		p := NewPlugin()
-		p.fault = killAfter(os.Getenv(envFault))
+		p.AfterStep = killAfter(os.Getenv(envFault))
 		os.Exit(p.Run(context.Background()))
 	case "nftcni-ipam":
 		os.Exit(NewPlugin().RunIPAM(context.Background()))

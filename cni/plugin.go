@@ -25,9 +25,9 @@ type Plugin struct {
 	Stdout io.Writer
 	Stderr io.Writer
 
-	// fault, where a test sets it, is called between any two steps with the name of the
-	// step that was done; it may not return.
-	fault func(done string)
+	// AfterStep, which only tests set, is called between any two steps with the name of the
+	// step that was done; it may not return. Nothing in the product sets it.
+	AfterStep func(done string)
 }
 
 // NewPlugin returns a Plugin of this process.
@@ -220,8 +220,8 @@ func (a podArgs) podName() string {
 
 // done tells a test that a step is behind us.
 func (p *Plugin) done(step string) {
-	if p.fault != nil {
-		p.fault(step)
+	if p.AfterStep != nil {
+		p.AfterStep(step)
 	}
 }
 

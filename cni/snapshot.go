@@ -25,7 +25,7 @@ func LiveLinks(context.Context) (map[string]LiveLink, error) {
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	defer h.Close()
-	links, err := h.LinkList()
+	links, err := again(h.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -87,7 +87,7 @@ func TakeSnapshot(ctx context.Context, runDir, stateDir string) (Snapshot, error
 }
 
 func (s *Snapshot) readKernel(h *netlink.Handle) error {
-	links, err := h.LinkList()
+	links, err := again(h.LinkList)
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}
@@ -98,7 +98,9 @@ func (s *Snapshot) readKernel(h *netlink.Handle) error {
 		s.Links = append(s.Links, fmt.Sprintf("%s %s %s mtu %d", at.Name, l.Type(), at.HardwareAddr, at.MTU))
 	}
 	for _, fam := range []int{unix.AF_INET, unix.AF_INET6} {
-		routes, err := h.RouteListFiltered(fam, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		routes, err := again(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(fam, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		})
 		if err != nil {
 			return fmt.Errorf("list routes: %w", err)
 		}
@@ -108,7 +110,7 @@ func (s *Snapshot) readKernel(h *netlink.Handle) error {
 			}
 			s.Routes = append(s.Routes, fmt.Sprintf("%v dev %s table %d proto %d type %d", r.Dst, names[r.LinkIndex], r.Table, r.Protocol, r.Type))
 		}
-		neighs, err := h.NeighList(0, fam)
+		neighs, err := again(func() ([]netlink.Neigh, error) { return h.NeighList(0, fam) })
 		if err != nil {
 			return fmt.Errorf("list neighbours: %w", err)
 		}
