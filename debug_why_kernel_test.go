@@ -28,7 +28,7 @@ func checkWhy(t *testing.T, n *demoNode, questions []question) {
 			t.Errorf("%s\ndebug why: %v in %s", q.line, err, out.Bytes())
 			continue
 		}
-		if a := answers[0]; a.Allowed != q.allow || !a.Agree || a.Egress.Kernel == nil {
+		if a := answers[0]; a.AllowedHere != q.allow || !a.Agree || a.Egress.Kernel == nil {
 			t.Errorf("%s\ndebug why says otherwise than the packets: %s", q.line, out.Bytes())
 		}
 	}

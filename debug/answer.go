@@ -16,9 +16,11 @@ type Answer struct {
 	Src     string   `json:"src"`
 	Dst     string   `json:"dst"`
 	Flow    FlowView `json:"flow"`
-	Allowed bool     `json:"allowed"`
-	Egress  Side     `json:"egress"`
-	Ingress Side     `json:"ingress"`
+	Allowed bool     `json:"allowed"` // by both ends, whatever node they are on
+	// AllowedHere is what this node lets pass: another node judges its own pods.
+	AllowedHere bool `json:"allowedHere"`
+	Egress      Side `json:"egress"`
+	Ingress     Side `json:"ingress"`
 	// Agree is false when the kernel's tables decide a direction otherwise.
 	Agree bool `json:"agree"`
 	// KernelNote says why the kernel was not asked.
@@ -44,7 +46,10 @@ func flowView(f policy.Flow) FlowView {
 // Side is one direction of an Answer.
 type Side struct {
 	Verdict string `json:"verdict"` // allow or deny
-	Reason  string `json:"reason"`  // policy.Reason
+	// Node is the node that judges this direction when it is not this one: the verdict is
+	// what its policies are here, and no kernel was asked.
+	Node    string `json:"node,omitempty"`
+	Reason  string `json:"reason"` // policy.Reason
 	Because string `json:"because"`
 	Policy  string `json:"policy,omitempty"`
 	Rule    *int   `json:"rule,omitempty"`
@@ -200,6 +205,9 @@ func serviceName(f policy.Flow) string {
 func (s Side) kernelText() string {
 	k := s.Kernel
 	text := "not judged (no profile)"
+	if s.Node != "" && s.Agree {
+		return "node " + s.Node + " judges"
+	}
 	if k.Judged {
 		text = fmt.Sprintf("%s by %s (profile %s, identity %s, class %s)", allowDeny(k.Allowed), k.decidedBy, orDash(k.Profile), orDash(k.Identity), orDash(k.Class))
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"strconv"
 	"strings"
 
@@ -24,7 +25,8 @@ func (s *session) whyCommand() *cobra.Command {
 		Long: "Say whether SRC may reach DST, and which policy and rule decide.\n\n" +
 			"SRC and DST are namespace/pod, a pod's name, an address, or world; DST may be a DNS\n" +
 			"name too, or with --kubeconfig a Service as svc/namespace/name. The verdict is the oracle's; beside it stands what the kernel's own tables\n" +
-			"decide for the same flow, read element by element. Below are the route, the neighbour\n" +
+			"decide for the same flow, read element by element. A pod of another node is judged there;\n" +
+			"what its policies say is shown as far as this node knows them. Below are the route, the neighbour\n" +
 			"and the live connections between the two.\n\n" +
 			"Exit status 2: oracle and kernel disagree.",
 		Example: "  nftcni debug why shop/web data/redis TCP/6379\n  nftcni debug why world 10.244.1.7 UDP/53\n" +
@@ -167,9 +169,11 @@ func (q question) answers(ctx context.Context, snap agent.Snapshot, k kernel) ([
 	why := newReasons(snap.Cluster, snap.Node)
 	var out []Answer
 	for _, f := range flows {
-		v := policy.EvaluateAll(snap.Cluster, snap.Node, f)
-		a := Answer{Src: q.src.name, Dst: q.dst.name, Flow: flowView(f), Allowed: v.Allowed, KernelNote: k.note, flow: f,
-			Egress: why.side(v.Egress, policy.Egress, f), Ingress: why.side(v.Ingress, policy.Ingress, f)}
+		here, everywhere := policy.EvaluateAll(snap.Cluster, snap.Node, f), policy.EvaluateAll(snap.Cluster, "", f)
+		a := Answer{Src: q.src.name, Dst: q.dst.name, Flow: flowView(f), Allowed: everywhere.Allowed, AllowedHere: here.Allowed, KernelNote: k.note, flow: f,
+			Egress:  why.sideOf(here.Egress, everywhere.Egress, policy.Egress, f.Src, f),
+			Ingress: why.sideOf(here.Ingress, everywhere.Ingress, policy.Ingress, f.Dst, f)}
+		a.Allowed = a.Egress.Verdict == policy.Allow.String() && a.Ingress.Verdict == policy.Allow.String()
 		if k.decide != nil {
 			t, err := k.decide(ctx, f)
 			if err != nil {
@@ -182,6 +186,17 @@ func (q question) answers(ctx context.Context, snap agent.Snapshot, k kernel) ([
 		out = append(out, a)
 	}
 	return out, nil
+}
+
+// sideOf is what this node decides, or what the node of the pod at self does.
+func (r *reasons) sideOf(here, everywhere policy.Decision, dir policy.Direction, self netip.Addr, f policy.Flow) Side {
+	pod := r.oracle.Owner(self)
+	if here.Reason != policy.NotLocal || pod == nil || pod.Node == "" {
+		return r.side(here, dir, f)
+	}
+	s := r.side(everywhere, dir, f)
+	s.Node = pod.Node
+	return s
 }
 
 func (r *reasons) side(d policy.Decision, dir policy.Direction, f policy.Flow) Side {
@@ -212,10 +227,10 @@ func (r *reasons) side(d policy.Decision, dir policy.Direction, f policy.Flow) S
 // it looks at policy (the pod itself, its own node) has no answer in the tables.
 func (s *Side) compare(k policy.TableDecision) {
 	s.Kernel = kernelSide(k)
-	switch s.oracle.Reason {
-	case policy.SamePod, policy.OwnNode:
-	case policy.NotLocal:
+	switch reason := s.oracle.Reason; {
+	case s.Node != "" || reason == policy.NotLocal:
 		s.Agree = !k.Judged
+	case reason == policy.SamePod || reason == policy.OwnNode:
 	default:
 		s.Agree = k.Allowed == (s.oracle.Action == policy.Allow)
 	}
