@@ -13,7 +13,7 @@ bench_up() {
   }
   work=$(mktemp -d)
   if [ "${REUSE:-0}" = 1 ]; then # a cluster that KEEP=1 left
-    KEEP=1 NFTCNI=/opt/cni/bin/nftcni
+    KEEP=1 NFTCNI=$work/nftcni
     trap 'rm -rf "$work"' EXIT
     [ "$form" != install ] || upgrade
     return
