@@ -68,6 +68,7 @@ type loop struct {
 	waiting                     map[policy.Name][]*attachWork
 	problems                    []k8s.Problem
 	networks                    []netip.Prefix
+	heard                       nft.Tunnels
 	lastSeq                     uint64
 	inGrace                     bool
 	tidyDue                     bool
@@ -246,6 +247,7 @@ func (l *loop) change(ctx context.Context, b *batch) (nft.Receipt, error) {
 	if want := l.inv.podNetworks(l.cfg.PodCIDRs); !slices.Equal(want, l.networks) {
 		c.PodNetworks, l.networks = notNil(want), want
 	}
+	c.Tunnels = l.changedTunnels()
 	return l.push(ctx, c)
 }
 
@@ -257,7 +259,7 @@ func notNil(p []netip.Prefix) []netip.Prefix {
 }
 
 func (l *loop) push(ctx context.Context, c nft.Change) (nft.Receipt, error) {
-	if c.Delta.Empty() && len(c.Bind)+len(c.Unbind) == 0 && c.PodNetworks == nil {
+	if c.Delta.Empty() && len(c.Bind)+len(c.Unbind) == 0 && c.PodNetworks == nil && c.Tunnels == nil {
 		return nft.Receipt{Seq: l.lastSeq, Generation: l.state.Generation}, nil
 	}
 	r, err := l.table.Apply(ctx, c)
@@ -303,6 +305,8 @@ func (l *loop) tryResync(ctx context.Context, reopen bool) (nft.Receipt, error) 
 	if !slices.Equal(l.networks, state.PodNetworks) {
 		c.PodNetworks = notNil(l.networks)
 	}
+	l.heard = state.Tunnels
+	c.Tunnels = l.changedTunnels()
 	return l.push(ctx, c)
 }
 

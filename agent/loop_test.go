@@ -22,6 +22,7 @@ type memoryTable struct {
 	tables   policy.Tables
 	bindings map[nft.Binding]bool
 	networks []netip.Prefix
+	tunnels  nft.Tunnels
 	seq      uint64
 	writes   int
 	fail     error // of the next Apply, after its first step
@@ -33,7 +34,7 @@ func newMemoryTable() *memoryTable {
 }
 
 func (m *memoryTable) State(context.Context) (nft.State, error) {
-	s := nft.State{Tables: maps.Clone(m.tables), PodNetworks: m.networks}
+	s := nft.State{Tables: maps.Clone(m.tables), PodNetworks: m.networks, Tunnels: m.tunnels}
 	for b := range m.bindings {
 		s.Bindings = append(s.Bindings, b)
 	}
@@ -61,6 +62,9 @@ func (m *memoryTable) Apply(_ context.Context, c nft.Change) (nft.Receipt, error
 	}
 	if c.PodNetworks != nil {
 		m.networks = c.PodNetworks
+	}
+	if c.Tunnels != nil {
+		m.tunnels = *c.Tunnels
 	}
 	m.drops = append(m.drops, c.Delta.Drops...)
 	m.writes++

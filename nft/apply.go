@@ -72,6 +72,9 @@ func (c Change) validate() error {
 			return fmt.Errorf("pod network %s: want a prefix without host bits", p)
 		}
 	}
+	if c.Tunnels != nil {
+		return c.Tunnels.validate()
+	}
 	return nil
 }
 
@@ -81,10 +84,10 @@ func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 		return r, err
 	}
 	unbind, fresh := t.unbinds(c.Unbind), t.fresh(c.Bind)
-	revokes := c.Delta.Revokes || len(unbind) > 0
+	revokes := c.Delta.Revokes || len(unbind) > 0 || t.tunnelsNarrow(c.Tunnels)
 	steps := c.Delta.Steps
 	if len(unbind) > 0 {
-		last := len(steps) == 0 && len(t.binds(c.Bind, unbind)) == 0 && !t.networksDiffer(c.PodNetworks)
+		last := len(steps) == 0 && len(t.binds(c.Bind, unbind)) == 0 && !t.networksDiffer(c.PodNetworks) && !t.tunnelsDiffer(c.Tunnels)
 		if err := t.commitUnbind(&r, unbind, last); err != nil {
 			return r, err
 		}
@@ -165,6 +168,8 @@ func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
 	b.rebind(binds, t.bound)
 	add, remove := t.networkChanges(c.PodNetworks)
 	b.networks(add, remove)
+	open, closed := tunnelChanges(t.tunnels, c.Tunnels)
+	b.tunnels(open, closed)
 	epoch := t.epoch
 	// An unbinding that stood alone has bumped already.
 	if revokes && (!b.empty() || c.Delta.Revokes || r.Transactions == 0) {
@@ -183,6 +188,9 @@ func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
 	}
 	for _, p := range add {
 		t.networks[p] = true
+	}
+	if c.Tunnels != nil {
+		t.tunnels = c.Tunnels.keys()
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -38,6 +39,7 @@ var (
 	ip6HopLimit  = field{name: "ip6 hoplimit", size: 1, l3: unix.NFPROTO_IPV6, load: payload(expr.PayloadBaseNetworkHeader, 7, 1)}
 	icmpType     = field{name: "icmp type", size: 1, l3: unix.NFPROTO_IPV4, l4: unix.IPPROTO_ICMP, load: payload(expr.PayloadBaseTransportHeader, 0, 1)}
 	icmpv6Type   = field{name: "icmpv6 type", size: 1, l3: unix.NFPROTO_IPV6, l4: unix.IPPROTO_ICMPV6, load: payload(expr.PayloadBaseTransportHeader, 0, 1)}
+	udpDport     = field{name: "udp dport", size: 2, l4: unix.IPPROTO_UDP, load: payload(expr.PayloadBaseTransportHeader, 2, 2)}
 	thDport      = field{name: "th dport", size: 2, load: payload(expr.PayloadBaseTransportHeader, 2, 2)}
 	thSport      = field{name: "th sport", size: 2, load: payload(expr.PayloadBaseTransportHeader, 0, 2)}
 	ctMark       = field{name: "ct mark", size: 4, host: true, load: connection(expr.CtKeyMARK, 0)}
@@ -206,7 +208,7 @@ func familyChains(f family) []chain {
 }
 
 // baseChains hang the others on the kernel's hooks. The host's own packets are nobody's business: there is no
-// chain on input or output.
+// chain on output, and the one on input asks for the tunnels' ports only.
 func baseChains() []chain {
 	dropped := func(m statement, why string) rule { return does(m, counter{}, drop).noted(why) }
 	nd := []statement{in{key: key{icmpv6Type}, set: "neighbor_discovery"}, compare{field: ip6HopLimit, value: []byte{255}, shown: "255"}}
@@ -234,7 +236,7 @@ func baseChains() []chain {
 		{name: "prerouting", hook: &hook{"filter", "prerouting", unix.NF_INET_PRE_ROUTING, -300, "raw"},
 			rules: append([]rule{does(podInterface(iifname, false), goTo("from_pod"))}, spoofed...)},
 		{name: "forward", hook: &hook{"filter", "forward", unix.NF_INET_FORWARD, -10, "filter - 10"},
-			rules: append(append([]rule{does(append(live(), accept)...)}, judge...),
+			rules: append(slices.Concat([]rule{does(append(live(), accept)...)}, tunnelForward(), judge),
 				dropped(podInterface(iifname, false), "from a pod that is not bound any more"),
 				dropped(podInterface(oifname, false), "to a pod that is not bound any more"))},
 		{name: "postrouting", hook: &hook{"filter", "postrouting", unix.NF_INET_POST_ROUTING, 0, "filter"},

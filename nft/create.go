@@ -157,6 +157,9 @@ func (t *Table) writeOnce(p *program, s State, found tableInfo) error {
 	for _, n := range s.PodNetworks {
 		b.network(false, n)
 	}
+	for k := range s.Tunnels.keys() {
+		b.tunnel(false, k)
+	}
 	b.addEpoch(s.Epoch, false)
 	return t.conn.commit(b)
 }

@@ -85,11 +85,13 @@ func newProgram() *program {
 	for _, f := range families() {
 		p.sets = append(p.sets, familySets(f)...)
 	}
+	p.sets = append(p.sets, tunnelSets()...)
 	p.sets = append(p.sets, constantSets()...)
 	p.chains = append(p.chains, verdictChains()...)
 	for _, f := range families() {
 		p.chains = append(p.chains, familyChains(f)...)
 	}
+	p.chains = append(p.chains, tunnelChains()...)
 	p.chains = append(p.chains, baseChains()...)
 	return p
 }

@@ -121,7 +121,7 @@ func lastAddr(a netip.Addr) netip.Addr {
 	return last
 }
 
-// readBindings reads bindings and pod networks.
+// readBindings reads bindings, pod networks and tunnels.
 func (t *Table) readBindings(ctx context.Context) (State, error) {
 	var s State
 	for _, f := range families() {
@@ -161,6 +161,10 @@ func (t *Table) readBindings(ctx context.Context) (State, error) {
 		for _, r := range ranges(networks) {
 			s.PodNetworks = append(s.PodNetworks, prefixes(r.from, r.to)...)
 		}
+	}
+	var err error
+	if s.Tunnels, err = t.readTunnels(); err != nil {
+		return State{}, err
 	}
 	slices.SortFunc(s.Bindings, func(x, y Binding) int { return cmp.Or(cmp.Compare(x.Interface, y.Interface), x.Addr.Compare(y.Addr)) })
 	return s, nil

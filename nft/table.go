@@ -36,6 +36,7 @@ type Table struct {
 	// What the kernel holds, as far as Apply needs it to send differences.
 	bound    map[bindingKey]Binding
 	networks map[netip.Prefix]bool
+	tunnels  map[tunnelKey]bool
 	epoch    uint32
 	again    bool // the second bump of the last epoch is due
 	stale    bool // a transaction failed: read the kernel before the next one
@@ -68,6 +69,7 @@ type State struct {
 	Tables      policy.Tables
 	Bindings    []Binding
 	PodNetworks []netip.Prefix
+	Tunnels     Tunnels
 	Epoch       uint32
 	Generation  uint32
 }
@@ -78,6 +80,7 @@ type Change struct {
 	Delta       policy.Delta   // then its Steps, one transaction each
 	Bind        []Binding      // committed together with the last Step
 	PodNetworks []netip.Prefix // desired set of not-masqueraded destinations when non-nil
+	Tunnels     *Tunnels       // desired ports and nodes when non-nil
 }
 
 // Receipt says what Apply did.
@@ -230,7 +233,7 @@ func (t *Table) load(ctx context.Context) error {
 }
 
 func (t *Table) remember(s State) {
-	t.bound, t.networks = map[bindingKey]Binding{}, map[netip.Prefix]bool{}
+	t.bound, t.networks, t.tunnels = map[bindingKey]Binding{}, map[netip.Prefix]bool{}, s.Tunnels.keys()
 	for _, b := range s.Bindings {
 		t.bound[b.key()] = b
 	}
