@@ -1,0 +1,136 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nftcni/nftcni/nft"
+)
+
+const apiBenchHeader = "| pods/policies | load | start s (CPU s) | pod created -> open | pod deleted -> shut | policy created -> open | policy deleted -> shut | " +
+	"policy created -> shut | policy deleted -> open | API call (pod, policy) | 100 pods: last answer -> last open | CPU ms a probed change | a pod change | a policy change | RSS (peak) MiB |\n" +
+	"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+
+// run measures and prints one row: milliseconds as p50 (max).
+func (n *apiBench) run(scale string) {
+	rounds, err := strconv.Atoi(os.Getenv("ROUNDS"))
+	if err != nil || rounds < 1 {
+		rounds = 20
+	}
+	n.api.create(n.api.networking, "networkpolicies", benchNamespace(0), probePolicy("probe", "web", "client"))
+	n.api.createPod(n.peer(extraAddr, "extra"))
+	n.startAgent()
+	startCPU := n.process.cpu()
+	d := map[string][]time.Duration{}
+	note := func(what, api string) func(total, call time.Duration) {
+		return func(total, call time.Duration) {
+			d[what], d[api] = append(d[what], total), append(d[api], call)
+		}
+	}
+	for range rounds {
+		n.podRound(note)
+	}
+	for range rounds {
+		n.policyRound(note)
+	}
+	probed := (n.process.cpu() - startCPU) / float64(6*rounds) * 1000
+	burst := n.burst(100)
+	podCPU, policyCPU := n.quietChanges(100)
+	rss, peak := n.process.memory()
+	load, _ := os.ReadFile("/proc/loadavg")
+	fmt.Printf("| %s | %s | %.2f (%.2f) | %s | %s | %s | %s | %s | %s | %s, %s | %s | %.1f | %.1f | %.1f | %.0f (%.0f) |\n", scale, strings.Fields(string(load))[0],
+		n.process.ready.Seconds(), startCPU, milliseconds(d["pod+"]), milliseconds(d["pod-"]), milliseconds(d["allow+"]), milliseconds(d["allow-"]),
+		milliseconds(d["deny+"]), milliseconds(d["deny-"]), milliseconds(d["pod API"]), milliseconds(d["policy API"]), milliseconds(burst), probed, podCPU, policyCPU, rss, peak)
+	if err := n.process.stop(); err != nil {
+		n.b.Error(err)
+	}
+	if err := nft.Delete(context.Background(), nft.Options{}); err != nil {
+		n.b.Error(err)
+	}
+}
+
+type noting func(what, api string) func(total, call time.Duration)
+
+// podRound: a peer that a policy allows comes and goes.
+func (n *apiBench) podRound(note noting) {
+	a := n.source()
+	pod := n.peer(a, "client")
+	f := n.start(a, webAddr, false)
+	defer n.stop(f)
+	note("pod+", "pod API")(n.opened(f, func() { n.api.createPod(pod) }))
+	note("pod-", "delete API")(n.shut(f, func() { n.api.delete(n.api.core, "pods", pod.Namespace, pod.Name) }))
+}
+
+// policyRound: a policy that allows one more peer, and one that isolates a pod.
+func (n *apiBench) policyRound(note noting) {
+	ns := benchNamespace(0)
+	f := n.start(extraAddr, webAddr, false)
+	note("allow+", "policy API")(n.opened(f, func() { n.api.create(n.api.networking, "networkpolicies", ns, probePolicy("extra", "web", "extra")) }))
+	note("allow-", "policy API")(n.shut(f, func() { n.api.delete(n.api.networking, "networkpolicies", ns, "extra") }))
+	n.stop(f)
+	f = n.start(extraAddr, bareAddr, false)
+	note("deny+", "policy API")(n.shut(f, func() { n.api.create(n.api.networking, "networkpolicies", ns, probePolicy("deny", "bare")) }))
+	n.stop(f)
+	f = n.start(extraAddr, bareAddr, false)
+	note("deny-", "policy API")(n.opened(f, func() { n.api.delete(n.api.networking, "networkpolicies", ns, "deny") }))
+	n.stop(f)
+}
+
+func burstSource(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 9, 128, byte(i)}) }
+
+// burst is how long after the last API answer each of so many new peers got through.
+func (n *apiBench) burst(pods int) []time.Duration {
+	flows := make([]*datagramFlow, pods)
+	each(pods, func(i int) { n.api.createPod(n.peer(burstSource(i), "client")) })
+	answered := time.Now()
+	for i := range flows {
+		flows[i] = n.start(burstSource(i), webAddr, true)
+	}
+	n.until("100 pods open", func() bool {
+		for _, f := range flows {
+			if _, last, _ := f.state(); last < 0 {
+				return false
+			}
+		}
+		return true
+	})
+	var out []time.Duration
+	for _, f := range flows {
+		_, _, at := f.state()
+		out = append(out, at.Sub(answered))
+		n.stop(f)
+	}
+	each(pods, func(i int) {
+		p := n.peer(burstSource(i), "client")
+		n.api.delete(n.api.core, "pods", p.Namespace, p.Name)
+	})
+	return out
+}
+
+// quietChanges is the CPU time in ms of one change when nothing else happens: pods that
+// a policy allows, and policies of a real pod, each made and deleted so many times.
+func (n *apiBench) quietChanges(times int) (pod, policy float64) {
+	measure := func(change func()) float64 {
+		before := n.process.cpu()
+		for range times {
+			change()
+		}
+		return (n.process.cpu() - before) / float64(2*times) * 1000
+	}
+	pod = measure(func() {
+		p := n.peer(n.source(), "client")
+		n.api.createPod(p)
+		n.api.delete(n.api.core, "pods", p.Namespace, p.Name)
+	})
+	policy = measure(func() {
+		p := probePolicy("quiet", "web", "extra")
+		n.api.create(n.api.networking, "networkpolicies", p.Namespace, p)
+		n.api.delete(n.api.networking, "networkpolicies", p.Namespace, p.Name)
+	})
+	return pod, policy
+}
