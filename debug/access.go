@@ -65,7 +65,8 @@ type access struct {
 	list   []workload
 	spans  []probeSpan
 	lookup policy.LookupFunc
-	ends   [][]accessEnd // of each workload's addresses
+	ends   [][]accessEnd     // of each workload's addresses
+	others map[uint32]uint32 // class of a profile's other identities; 0: none
 	memo   map[accessKey]*spanSet
 	all    *spanSet
 	texts  map[[4]*spanSet]string // by the two directions of the one or two families
@@ -82,8 +83,8 @@ type accessEnd struct {
 type spanSet struct{ big.Int }
 
 type accessKey struct {
-	profile, identity uint32
-	six               bool
+	class uint32
+	six   bool
 }
 
 // newAccess compiles c reduced to one pod a workload. cuts are those of spans, of a
@@ -102,7 +103,7 @@ func newAccess(c *policy.Cluster, list []workload, cuts []probeSpan) *access {
 		}
 	}
 	a := &access{list: list, spans: cuts, lookup: policy.Compile(reduced, node).Tables.Index(), all: &spanSet{},
-		memo: map[accessKey]*spanSet{}, texts: map[[4]*spanSet]string{}}
+		others: map[uint32]uint32{}, memo: map[accessKey]*spanSet{}, texts: map[[4]*spanSet]string{}}
 	for i := range cuts {
 		a.all.SetBit(&a.all.Int, i, 1)
 	}
@@ -158,16 +159,15 @@ func (a *access) allowed(profile, identity uint32, six bool) *spanSet {
 	if profile == 0 {
 		return a.all
 	}
-	key := accessKey{profile, identity, six}
-	if set := a.memo[key]; set != nil {
-		return set
-	}
 	class, ok := a.lookup(policy.Key{Map: policy.Access, X: profile, Y: identity})
 	if !ok {
-		class, _ = a.lookup(policy.Key{Map: policy.AccessOthers, X: profile})
+		if class, ok = a.others[profile]; !ok {
+			class, _ = a.lookup(policy.Key{Map: policy.AccessOthers, X: profile})
+			a.others[profile] = class
+		}
 	}
-	ofClass := accessKey{identity: class, six: six} // no profile is 0
-	set := a.memo[ofClass]
+	key := accessKey{class, six}
+	set := a.memo[key]
 	if set == nil {
 		set = &spanSet{}
 		for i, s := range a.spans {
@@ -175,9 +175,8 @@ func (a *access) allowed(profile, identity uint32, six bool) *spanSet {
 				set.SetBit(&set.Int, i, 1)
 			}
 		}
-		a.memo[ofClass] = set
+		a.memo[key] = set
 	}
-	a.memo[key] = set
 	return set
 }
 
@@ -268,7 +267,7 @@ type pair struct {
 
 // pairs lists every pair of different ends of which one is pods.
 func (a *access) pairs() []pair {
-	var out []pair
+	out := make([]pair, 0, len(a.list)*len(a.list))
 	for i := range a.list {
 		for j := range a.list {
 			src, dst := &a.list[i], &a.list[j]
