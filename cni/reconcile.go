@@ -4,7 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -22,9 +26,10 @@ type ReconcileOptions struct {
 	Report func(string)
 }
 
-// Reconcile removes what belongs to nobody any more: attachments whose link went with
-// their network namespace, those of plugins that were killed before they finished, those
-// whose DEL left something for us, and leases of which nothing else is left. It returns
+// Reconcile removes what belongs to nobody any more: attachments whose network namespace
+// is gone, or gone for the runtime (its path is), those of plugins that were killed before
+// they finished, those whose DEL left something for us, and leases of which nothing else is
+// left; among them the leases of nftcni-ipam, of which only the namespace is known. It returns
 // the attachments removed. An attachment that a plugin works on is left alone, and so is
 // a link whose record was lost while its pod lives: its record is written again from its
 // lease.
@@ -60,7 +65,7 @@ func (r *reconciler) recordLeft(ctx context.Context, name string) error {
 			return ignoreMissing(err)
 		}
 		_, err = r.host.LinkByName(name)
-		if err == nil && !rec.Pending && !rec.Deleting {
+		if err == nil && !rec.Pending && !rec.Deleting && !pathGone(rec.NetNS) {
 			return nil
 		}
 		if ignoreNoLink(err) != nil {
@@ -119,7 +124,11 @@ func (r *reconciler) leasesLeft(ctx context.Context, recorded []record) error {
 			known[l.Owner] = true
 			errs = append(errs, r.lostLease(ctx, s, l))
 		}
-		if known[l.Owner] || len(l.Payload) == 0 {
+		if len(l.Payload) == 0 && l.Network != lostNetwork {
+			errs = append(errs, r.servedLease(ctx, s, l))
+			continue
+		}
+		if known[l.Owner] {
 			continue
 		}
 		known[l.Owner] = true
@@ -140,6 +149,34 @@ func (r *reconciler) lostLease(ctx context.Context, s *ipam.Store, l ipam.Lease)
 	}
 	_, err = s.Release(ctx, l.Owner)
 	return err
+}
+
+// servedLease ends a lease that nftcni-ipam made for another plugin when the pod's
+// namespace is gone: a runtime that forgot the pod sends no DEL for it.
+func (r *reconciler) servedLease(ctx context.Context, s *ipam.Store, l ipam.Lease) error {
+	if !pathGone(l.NetNS) {
+		return nil
+	}
+	// Asked again in the transaction: a new sandbox may have the name, and the lease, by now.
+	gone, err := s.ReleaseIf(ctx, func(now ipam.Lease) bool { return now.Owner == l.Owner && pathGone(now.NetNS) })
+	for _, g := range gone {
+		r.Report(fmt.Sprintf("%s, leased to %s by nftcni-ipam: its network namespace %s is gone", g.Address, g.Owner, g.NetNS))
+	}
+	return err
+}
+
+// pathGone says that a runtime has given up the network namespace at path. A namespace in
+// /proc goes with a process that may be in another PID namespace than ours, and a directory
+// that is not there may be one that we are not shown: both prove nothing.
+func pathGone(path string) bool {
+	if !filepath.IsAbs(path) || path == "/proc" || strings.HasPrefix(path, "/proc/") {
+		return false
+	}
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return false
+	}
+	_, err := os.Stat(filepath.Dir(path))
+	return err == nil
 }
 
 func (r *reconciler) leaseLeft(ctx context.Context, s *ipam.Store, name string, l ipam.Lease) error {
@@ -179,7 +216,9 @@ func ourRoutes(h *netlink.Handle) ([]podRoute, error) {
 	var list []podRoute
 	links := map[int]string{}
 	for _, fam := range []int{unix.AF_INET, unix.AF_INET6} {
-		routes, err := h.RouteListFiltered(fam, &netlink.Route{Protocol: RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		routes, err := again(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(fam, &netlink.Route{Protocol: RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		})
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
