@@ -22,7 +22,9 @@ func TestKernelDebugDoctor(t *testing.T) { inFreshNode(t, testDebugDoctor) }
 func testDebugDoctor(t *testing.T) {
 	n := newRedisNode(t, false)
 	conf := n.path("net.d")
-	doctor := func(args ...string) answer { return n.debug(t, append([]string{"doctor", "--cni-conf-dir", conf}, args...)...) }
+	doctor := func(args ...string) answer {
+		return n.debug(t, append([]string{"doctor", "--cni-conf-dir", conf}, args...)...)
+	}
 	write := func(name, text string) {
 		if err := os.MkdirAll(conf, 0o755); err != nil {
 			t.Fatal(err)
