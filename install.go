@@ -53,6 +53,7 @@ func newInstallCommand() *cobra.Command {
 	f.StringVar(&o.Prefix, "cni-conf-prefix", deploy.DefaultPrefix, "prefix of the network configuration's file name, 00- to 99-")
 	f.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig of the agent")
 	f.StringVar(&manifests, "manifests", "", "directory of Kubernetes YAML that the agent follows, instead of an API server")
+	f.BoolVar(&o.PolicyOnly, "policy-only", false, "enforce beside another CNI plugin, which keeps wiring pods (network: none)")
 	f.BoolVar(&o.KeepOthers, "keep-others", false, "leave the network configurations of other CNI plugins in place")
 	f.BoolVar(&o.FilesOnly, "files-only", false, "only put the binary and nftcni-ipam into the CNI plugin directory (for the DaemonSet)")
 	f.BoolVar(&sysctlOnly, "sysctl-only", false, "only switch forwarding on (for the DaemonSet)")
@@ -84,7 +85,7 @@ func install(out io.Writer, o deploy.Options) error {
 	if err != nil || o.FilesOnly {
 		return err
 	}
-	if o.Root == "" {
+	if o.Root == "" && !o.PolicyOnly {
 		if err := setForwarding(out); err != nil {
 			return err
 		}

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -22,6 +23,9 @@ type Options struct {
 	Prefix string
 	// FilesOnly installs the binary and its links and nothing else: what a DaemonSet needs.
 	FilesOnly bool
+	// PolicyOnly enforces beside another CNI plugin, which keeps wiring pods: its network
+	// configuration stays, and the agent writes none.
+	PolicyOnly bool
 	// KeepOthers leaves the network configurations of other CNI plugins where they are.
 	KeepOthers bool
 }
@@ -73,7 +77,7 @@ func Install(o Options) ([]Step, error) {
 	}
 	in.write(o.unit(), o.unitContent(), 0o644)
 	in.linkTo(o.enabled(), "../nftcni-agent.service")
-	if !o.KeepOthers {
+	if !o.KeepOthers && !o.PolicyOnly {
 		in.takeOver()
 	}
 	return in.steps, in.err
@@ -131,7 +135,11 @@ func (in *installer) linkTo(path, target string) {
 
 // settings writes the configuration files, and the layout for uninstall.
 func (in *installer) settings(o Options) {
-	in.writeNew(o.Config(), embedded("agent.yaml"))
+	config := embedded("agent.yaml")
+	if o.PolicyOnly {
+		config = bytes.Replace(config, []byte("# network: routed"), []byte("network: none"), 1)
+	}
+	in.writeNew(o.Config(), config)
 	in.writeNew(o.Conflist(), DefaultConflist())
 	layout, err := json.MarshalIndent(o.Layout, "", "  ")
 	if err != nil && in.err == nil {
@@ -142,7 +150,7 @@ func (in *installer) settings(o Options) {
 
 func (o Options) unitContent() []byte {
 	args := append([]string{o.Binary(), "agent", "--config", o.Config()}, o.Agent...)
-	if !slices.ContainsFunc(o.Agent, func(a string) bool { return strings.HasPrefix(a, "--cni-conf-dir") }) {
+	if !o.PolicyOnly {
 		args = append(args, "--cni-conf-dir", o.ConfDir, "--conflist", o.Conflist())
 		if o.Prefix != "" {
 			args = append(args, "--cni-conf-prefix", o.Prefix)

@@ -201,3 +201,19 @@ func TestUnitCommandLine(t *testing.T) {
 		t.Errorf("unit is\n%s\nwant %s in it", got, want)
 	}
 }
+
+func TestInstallPolicyOnly(t *testing.T) {
+	l := testLayout(t)
+	put(t, l.in("/etc/cni/net.d/10-flannel.conflist"), flannelList)
+	installInto(t, l, func(o *Options) { o.PolicyOnly = true })
+	got := tree(t, l.Root)
+	if got["/etc/cni/net.d/10-flannel.conflist"] != flannelList {
+		t.Error("the other plugin's configuration was moved")
+	}
+	if !strings.Contains(got[l.Config()], "\nnetwork: none\n") {
+		t.Errorf("agent.yaml does not say network: none:\n%s", got[l.Config()])
+	}
+	if strings.Contains(got[l.unit()], "--cni-conf-dir") {
+		t.Error("the agent would write a network configuration")
+	}
+}

@@ -34,6 +34,11 @@ bench_up() {
     BENCH_CNI_BIN_DIR=$BENCH_DIR/bin/cni REF_CNI=bridge REFERENCE_HOOK=$bench/hook-reference
     export REF_CNI REFERENCE_HOOK
     ;;
+  policy) # policy beside the reference plugin that REF_CNI names, ptp or bridge
+    BENCH_CNI_BIN_DIR=$BENCH_DIR/bin/cni REFERENCE_HOOK=$bench/hook-reference REF_CNI=${REF_CNI:-bridge}
+    BENCH_CNI_AGENT='$(sed -n s/^ExecStart=//p /etc/systemd/system/nftcni-agent.service)'
+    export REF_CNI REFERENCE_HOOK
+    ;;
   daemonset)
     scripts/image "$work/nftcni.tar" ghcr.io/nftcni/nftcni:dev
     BENCH_IMAGES=$work/nftcni.tar BENCH_NO_WAIT=1
