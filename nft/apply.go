@@ -220,12 +220,13 @@ func (b *batch) step(step []policy.Op) {
 
 // settle waits for a grace period when packets in flight may be older than what step assumes: it touches a key that
 // they may look up twice over, or one whose deletion is still owed, or it changes decisions while they may hold a profile
-// from before the last change. With pause it waits whatever the step changes.
+// from before the last change. With pause it waits whatever the step changes. Between the steps of one delta nothing
+// else needs it: whoever made the delta says where (policy.Delta.Pause).
 func (t *Table) settle(ctx context.Context, step []policy.Op, pause bool) error {
 	conflict := pause
 	for _, o := range step {
 		_, changed := t.changed[o.Key]
-		conflict = conflict || t.dropping[o.Key] || !t.replaces && changed || t.judged != 0 && addressed(o.Map)
+		conflict = conflict || t.dropping[o.Key] || !t.replaces && changed || t.judged != 0 && t.judged <= t.seq && addressed(o.Map)
 	}
 	if !conflict {
 		return nil
