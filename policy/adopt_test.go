@@ -44,7 +44,7 @@ func TestAdopt(t *testing.T) {
 		}, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			for seed := range uint64(60) {
+			for seed := range effort(12, 60, 60, 600) {
 				if err := adoptOnce(seed, tc.change, tc.empty); err != nil {
 					t.Fatalf("seed %d: %v", seed, err)
 				}
@@ -61,13 +61,18 @@ func adoptOnce(seed uint64, change func(*follower, policy.Tables, *policy.Cluste
 			return err
 		}
 	}
-	if err := f.follow(f.e.Tidy()); err != nil {
+	if err := f.follow(f.change((*policy.Engine).Tidy)); err != nil {
 		return err
 	}
 	c := change(f, f.tables, f.e.Cluster())
-	f.e = policy.NewEngine(policytest.Node(0))
-	f.e.Adopt(maps.Clone(f.tables))
-	d := f.e.Replace(c)
+	f.e, f.twin = policy.NewEngine(policytest.Node(0)), nil
+	if empty {
+		f.twin = policy.NewEngine(policytest.Node(0))
+	}
+	d := f.change(func(e *policy.Engine) policy.Delta {
+		e.Adopt(maps.Clone(f.tables))
+		return e.Replace(c)
+	})
 	if empty && !d.Empty() {
 		return fmt.Errorf("delta of an unchanged cluster:\n%sdrops %+v", stepsText(d), d.Drops)
 	}

@@ -16,7 +16,7 @@ func TestChurnLeavesNothing(t *testing.T) {
 	if err := f.follow(f.e.Replace(f.g.Cluster())); err != nil {
 		t.Fatal(err)
 	}
-	for i := range 2500 {
+	for i := range effort(250, 2500, 2500, 25000) {
 		p := networkPolicy("ns0", fmt.Sprintf("churn%d", i), policy.Selector{}, policy.Directions[i%2], policy.Rule{
 			Peers: []policy.Peer{{Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Op: policy.NotIn, Values: []string{fmt.Sprint(i)}}}}}}},
 			Ports: []policy.PortMatch{{Protocol: policy.TCP, First: uint16(i), Last: uint16(2 * i)}, {Protocol: policy.TCP, Name: "http"}},

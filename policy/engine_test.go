@@ -5,7 +5,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 
@@ -20,12 +19,15 @@ import (
 // judges flows in every state in between.
 type follower struct {
 	e      *policy.Engine
+	twin   *policy.Engine // makes the same changes and must give the same deltas; may be nil
 	tables policy.Tables
 	old    *policy.Cluster
 	g      *policytest.Generator
 	r      *rand.Rand
 	flows  int
-	stats  map[string]int
+	// differs is what twins do not agree on.
+	differs error
+	stats   map[string]int
 }
 
 func newFollower(seed uint64, o policytest.Options) *follower {
@@ -33,6 +35,17 @@ func newFollower(seed uint64, o policytest.Options) *follower {
 		e: policy.NewEngine(policytest.Node(0)), tables: policy.Tables{}, old: &policy.Cluster{},
 		g: policytest.New(seed, o), r: rand.New(rand.NewPCG(seed, 1)), flows: 150, stats: map[string]int{},
 	}
+}
+
+// change makes a change of the engine, and of its twin.
+func (f *follower) change(make func(*policy.Engine) policy.Delta) policy.Delta {
+	d := make(f.e)
+	if f.twin != nil && f.differs == nil {
+		if twin := make(f.twin); fmt.Sprint(twin) != fmt.Sprint(d) {
+			f.differs = fmt.Errorf("two engines with one history give different deltas:\n%sand\n%s", stepsText(d), stepsText(twin))
+		}
+	}
+	return d
 }
 
 // local lists the addresses of the node's pods, which is what the dataplane binds.
@@ -51,6 +64,9 @@ func local(c *policy.Cluster) map[netip.Addr]bool {
 
 // follow applies d, whose end is the engine's cluster.
 func (f *follower) follow(d policy.Delta) error {
+	if f.differs != nil {
+		return f.differs
+	}
 	now := f.e.Cluster()
 	states := []policy.Tables{maps.Clone(f.tables)}
 	for i, step := range d.Steps {
@@ -70,7 +86,7 @@ func (f *follower) follow(d policy.Delta) error {
 		return fmt.Errorf("engine's tables (-) and the applied deltas (+) differ:\n%s", diff)
 	}
 	f.old = now
-	return nil
+	return policy.CheckBooks(f.e, false)
 }
 
 func (f *follower) flowsBetween(d policy.Delta, states []policy.Tables, now *policy.Cluster) error {
@@ -150,7 +166,7 @@ func stepsText(d policy.Delta) string {
 
 // compare says that the tidied engine equals compiling from scratch.
 func (f *follower) compare() error {
-	if err := f.follow(f.e.Tidy()); err != nil {
+	if err := f.follow(f.change((*policy.Engine).Tidy)); err != nil {
 		return fmt.Errorf("tidy: %w", err)
 	}
 	want := policy.Compile(f.e.Cluster(), policytest.Node(0)).Tables
@@ -158,21 +174,22 @@ func (f *follower) compare() error {
 		diff := cmp.Diff(strings.Split(want, "\n"), strings.Split(got, "\n"))
 		return fmt.Errorf("from scratch (-) and incremental (+) differ:\n%s", diff)
 	}
-	return nil
+	return policy.CheckBooks(f.e, true)
 }
 
 func TestEngineFollowsEvents(t *testing.T) {
-	runs := 50
-	if os.Getenv("NFTCNI_FULL") != "" {
-		runs = 3000
-	}
+	runs := effort(6, 50, 100, 3000)
 	for _, tiers := range []bool{false, true} {
 		t.Run(fmt.Sprintf("tiers=%v", tiers), func(t *testing.T) {
 			stats := map[string]int{}
-			for seed := range uint64(runs) {
+			for seed := range runs {
 				f := newFollower(seed, policytest.Options{Tiers: tiers})
 				f.stats = stats
-				if err := f.follow(f.e.Replace(f.g.Cluster())); err != nil {
+				if seed%3 == 0 {
+					f.twin = policy.NewEngine(policytest.Node(0))
+				}
+				c := f.g.Cluster()
+				if err := f.follow(f.change(func(e *policy.Engine) policy.Delta { return e.Replace(c) })); err != nil {
 					t.Fatalf("seed %d, first replace: %v", seed, err)
 				}
 				for i := range 25 {
@@ -194,7 +211,7 @@ func (f *follower) random(n int) error {
 	switch {
 	case n < 15:
 		ev := f.g.Event()
-		d := f.e.Apply(ev)
+		d := f.change(func(e *policy.Engine) policy.Delta { return e.Apply(ev) })
 		if err := f.follow(d); err != nil {
 			return fmt.Errorf("%s: %w", describe(ev), err)
 		}
@@ -207,9 +224,10 @@ func (f *follower) random(n int) error {
 		for range 2 + f.r.IntN(4) {
 			evs = append(evs, f.g.Event())
 		}
-		return f.follow(f.e.Apply(evs...))
+		return f.follow(f.change(func(e *policy.Engine) policy.Delta { return e.Apply(evs...) }))
 	case n < 18:
-		return f.follow(f.e.Replace(f.g.Cluster()))
+		c := f.g.Cluster()
+		return f.follow(f.change(func(e *policy.Engine) policy.Delta { return e.Replace(c) }))
 	case n < 19:
 		if d := f.e.Replace(f.e.Cluster()); !d.Empty() {
 			return fmt.Errorf("resync without a change gives a delta")

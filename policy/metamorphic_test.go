@@ -15,10 +15,8 @@ import (
 	"github.com/nftcni/nftcni/policy/policytest"
 )
 
-const metamorphicSeeds = 80
-
 func TestShuffledInputCompilesToTheSameTables(t *testing.T) {
-	for seed := range uint64(metamorphicSeeds) {
+	for seed := range effort(25, 80, 80, 1000) {
 		c := policytest.New(seed, policytest.Options{Tiers: seed%2 == 0}).Cluster()
 		want := policy.Compile(c, policytest.Node(0))
 		s := &policy.Cluster{
@@ -48,7 +46,7 @@ func networkPolicy(ns, name string, subject policy.Selector, d policy.Direction,
 }
 
 func TestAddingOnlyOpensOrOnlyCloses(t *testing.T) {
-	for seed := range uint64(metamorphicSeeds) {
+	for seed := range effort(25, 80, 80, 1000) {
 		g := policytest.New(seed, policytest.Options{})
 		c := g.Cluster()
 		e := policy.NewEngine(policytest.Node(0))
@@ -141,7 +139,7 @@ func rename(c *policy.Cluster) *policy.Cluster {
 }
 
 func TestRenamingChangesNothing(t *testing.T) {
-	for seed := range uint64(metamorphicSeeds) {
+	for seed := range effort(25, 80, 80, 1000) {
 		c := policytest.New(seed, policytest.Options{Tiers: seed%2 == 0}).Cluster()
 		want, got := policy.Compile(c, policytest.Node(0)).Tables, policy.Compile(rename(c), policytest.Node(0)).Tables
 		if !maps.Equal(want, got) {
@@ -158,7 +156,7 @@ func twin(a netip.Addr) netip.Addr {
 
 func TestFamiliesAreTwins(t *testing.T) {
 	prefix := func(p netip.Prefix) netip.Prefix { return netip.PrefixFrom(twin(p.Addr()), 96+p.Bits()) }
-	for seed := range uint64(metamorphicSeeds) {
+	for seed := range effort(25, 80, 80, 1000) {
 		g := policytest.New(seed, policytest.Options{Tiers: seed%2 == 0})
 		c, six := g.Cluster(), &policy.Cluster{}
 		six.Namespaces = c.Namespaces
@@ -253,8 +251,12 @@ func TestDeltasAreMinimal(t *testing.T) {
 				{"policy isolates the local pods of a namespace", policy.Event{Policy: &isolate}, 5 * s.local},
 				{"and goes", policy.Event{Policy: &isolate, Delete: true}, 5 * s.local},
 			} {
-				if n := opsOf(e.Apply(step.ev)); n > step.max {
+				d := e.Apply(step.ev)
+				if n := opsOf(d); n > step.max {
 					t.Errorf("%s: %d ops, want at most %d", step.name, n, step.max)
+				}
+				if step.ev.Pod != nil && !step.ev.Delete && len(d.Steps) > 2 || d.Settle || d.Pause != 0 {
+					t.Errorf("%s: %d steps, settle %v, pause %d", step.name, len(d.Steps), d.Settle, d.Pause)
 				}
 			}
 		})
