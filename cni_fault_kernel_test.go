@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"maps"
@@ -68,7 +69,21 @@ func newFaultNode(t *testing.T, steps []string) *faultNode {
 			t.Error(err)
 		}
 	})
-	_, err := n.change(t.Context(), func() error {
+	// Under another name than the product's: that one is at work before there are tests (cni/start).
+	const plugin = "nftcni-killed"
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(self, n.path("bin/"+plugin)); err != nil {
+		t.Fatal(err)
+	}
+	network, err := libcni.NetworkConfFromBytes(bytes.Replace(n.networkConfig(), []byte(`"nftcni"`), []byte(`"`+plugin+`"`), 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.network = network
+	_, err = n.change(t.Context(), func() error {
 		var text strings.Builder
 		for _, step := range steps {
 			fmt.Fprintf(&text, "---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: shop, labels: {service: redis}}\n"+

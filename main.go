@@ -15,13 +15,14 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/nftcni/nftcni/cni"
+	_ "github.com/nftcni/nftcni/cni/start" // is the plugin before anything else is initialised
 	"github.com/nftcni/nftcni/debug"
 )
 
 func main() {
 	name := filepath.Base(os.Args[0])
 	// Plugin mode comes before any cobra tree or Kubernetes client: a runtime starts us
-	// for every pod, and waits.
+	// for every pod, and waits. Under its own names the plugin has run already (cni/start).
 	if os.Getenv("CNI_COMMAND") != "" {
 		if name == "nftcni-ipam" {
 			os.Exit(cni.IPAMMain())
