@@ -80,7 +80,7 @@ func (n *redisNode) ask(t *testing.T, src, dst *endpoint, allowed bool) {
 // packets comes after them.
 func (n *redisNode) until(t *testing.T, text string, args ...string) answer {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		a := n.debug(t, args...)
 		if strings.Contains(a.stdout, text) {
@@ -157,7 +157,9 @@ func testDebugDisagree(t *testing.T) {
 // awaitSnapshot waits until the agent's snapshot file holds every pod.
 func (n *redisNode) awaitSnapshot(t *testing.T) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); <-tick.C {
 		b, _ := os.ReadFile(filepath.Join(cni.DefaultRunDir, agent.SnapshotName)) // it may not be there yet
 		whole := true
 		for _, e := range []*endpoint{n.redis, n.nodejs, n.php} {

@@ -19,6 +19,9 @@ const SnapshotName = "snapshot.json"
 // costs one write, and a large cluster makes the time longer (pause).
 const snapshotInterval = 2 * time.Second
 
+// snapshotPatience is the greatest: on a busy machine a write seems to cost more than it does.
+const snapshotPatience = 20 * time.Second
+
 // ReadSnapshotFile reads what the last agent of runDir left.
 func ReadSnapshotFile(runDir string) (Snapshot, error) {
 	var s Snapshot
@@ -74,7 +77,7 @@ func keepSnapshotFile(ctx context.Context, l *loop, log *slog.Logger) error {
 	for {
 		began := time.Now()
 		save(ctx)
-		wait := time.NewTimer(pause(snapshotInterval, time.Since(began)))
+		wait := time.NewTimer(min(pause(snapshotInterval, time.Since(began)), snapshotPatience))
 		select {
 		case <-wait.C:
 		case <-ctx.Done():
