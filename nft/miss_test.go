@@ -22,7 +22,7 @@ func TestKernelMisses(t *testing.T) {
 		runNft(t, "flush", "set", "inet", "nftcni", "isolated_ingress4") // as before isolation was a set of its own
 	}
 	w.table.AssumeExact()
-	lost, leaked := underTraffic(t, w, f, flips(t, w.table, f))
+	lost, leaked := underTraffic(t, w, f, seconds(t), flips(t, w.table, f.change))
 	t.Logf("%s: %d lost, %d leaked", mode, lost, leaked)
 }
 

@@ -285,9 +285,11 @@ func (f *flipper) next() policy.Delta {
 	return policy.Delta{Steps: [][]policy.Op{prepare, identities, profiles}, Drops: drops}
 }
 
+func (f *flipper) change() nft.Change { return nft.Change{Delta: f.next()} }
+
 // underTraffic floods good -> closed and bad -> opened while change is called over and over, and returns how many
 // allowed packets were lost and how many forbidden ones got through.
-func underTraffic(t *testing.T, w *world, f *flipper, change func(n int) bool) (lost, leaked int64) {
+func underTraffic(t *testing.T, w *world, f *flipper, limit time.Duration, change func(n int) bool) (lost, leaked int64) {
 	t.Helper()
 	nfttest.Sysctl(t, "net/netfilter/nf_conntrack_udp_timeout", "1")
 	good, bad := w.client, w.stranger
@@ -307,7 +309,7 @@ func underTraffic(t *testing.T, w *world, f *flipper, change func(n int) bool) (
 		})
 	}
 	began, n := time.Now(), 0
-	for time.Since(began) < seconds(t) && change(n) {
+	for time.Since(began) < limit && change(n) {
 		n++
 	}
 	close(stop)
@@ -394,7 +396,7 @@ func TestKernelFlipsUnderTraffic(t *testing.T) {
 	}{{"v4", false}, {"v6", true}} {
 		t.Run(c.name, func(t *testing.T) {
 			w, f := flipWorld(t, c.v6)
-			lost, leaked := underTraffic(t, w, f, flips(t, w.table, f))
+			lost, leaked := underTraffic(t, w, f, seconds(t), flips(t, w.table, f.change))
 			if lost != 0 || leaked != 0 {
 				t.Errorf("%d allowed packets lost, %d forbidden ones leaked", lost, leaked)
 			}
@@ -403,7 +405,7 @@ func TestKernelFlipsUnderTraffic(t *testing.T) {
 }
 
 // flips changes the policy as fast as it can, while grace periods run beside it as they do in the agent.
-func flips(t *testing.T, table *nft.Table, f *flipper) func(int) bool {
+func flips(t *testing.T, table *nft.Table, next func() nft.Change) func(int) bool {
 	graces := make(chan uint64)
 	over := make(chan uint64, 1)
 	t.Cleanup(func() { close(graces) })
@@ -417,7 +419,7 @@ func flips(t *testing.T, table *nft.Table, f *flipper) func(int) bool {
 	}()
 	busy := false
 	return func(int) bool {
-		r := apply(t, table, nft.Change{Delta: f.next()})
+		r := apply(t, table, next())
 		if !busy {
 			busy = true
 			graces <- r.Seq
@@ -439,7 +441,7 @@ func flips(t *testing.T, table *nft.Table, f *flipper) func(int) bool {
 func TestKernelFlipTestCanFail(t *testing.T) {
 	t.Run("without the table", func(t *testing.T) {
 		w, f := flipWorld(t, false)
-		_, leaked := underTraffic(t, w, f, func(n int) bool {
+		_, leaked := underTraffic(t, w, f, seconds(t), func(n int) bool {
 			if n == 0 {
 				if err := nft.Delete(context.Background(), nft.Options{}); err != nil {
 					t.Error(err)
@@ -460,7 +462,7 @@ func TestKernelFlipTestCanFail(t *testing.T) {
 		n, wrong := 0, false
 		for round := 0; round < 6 && n < bound && !wrong; round++ {
 			w, f := flipWorld(t, false)
-			lost, leaked := underTraffic(t, w, f, func(int) bool {
+			lost, leaked := underTraffic(t, w, f, seconds(t), func(int) bool {
 				r := apply(t, w.table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{inOne(f.next())}}})
 				if err := w.table.Finish(context.Background(), r.Seq); err != nil {
 					t.Error(err)
