@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,6 +43,11 @@ type Config struct {
 	StateDir string `json:"stateDir,omitempty"`
 	// PodCIDRs of this node, for IPAM without ranges; default: Node.spec.podCIDRs.
 	PodCIDRs []netip.Prefix `json:"podCIDRs,omitempty"`
+	// ClusterCIDRs are the networks of all pods of the cluster, where known: never
+	// masqueraded, and unreachable as long as no Node has them.
+	ClusterCIDRs []netip.Prefix `json:"clusterCIDRs,omitempty"`
+	// NonMasqueradeCIDRs are further destinations that see a pod's own address.
+	NonMasqueradeCIDRs []netip.Prefix `json:"nonMasqueradeCIDRs,omitempty"`
 	// MTU of pods; default: the plugin takes the uplink's.
 	MTU int `json:"mtu,omitempty"`
 	// Mesh is how pods of this node reach those of others.
@@ -142,6 +148,12 @@ func (c Config) validate() error {
 		return err
 	}
 	return nil
+}
+
+// notMasqueraded are the configured destinations that see a pod's own address; the
+// inventory adds those of the Nodes and of the attachments.
+func (c Config) notMasqueraded() []netip.Prefix {
+	return slices.Concat(c.PodCIDRs, c.ClusterCIDRs, c.NonMasqueradeCIDRs)
 }
 
 func (c Config) logLevel() (slog.Level, error) {

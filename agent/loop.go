@@ -244,7 +244,7 @@ var errNotSynced = errors.New("the agent has not yet seen the complete state of 
 // change applies the batch as a difference.
 func (l *loop) change(ctx context.Context, b *batch) (nft.Receipt, error) {
 	c := nft.Change{Unbind: b.unbind, Bind: b.bind, Delta: l.engine.Apply(b.events...)}
-	if want := l.inv.podNetworks(l.cfg.PodCIDRs); !slices.Equal(want, l.networks) {
+	if want := l.inv.podNetworks(l.cfg.notMasqueraded()); !slices.Equal(want, l.networks) {
 		c.PodNetworks, l.networks = notNil(want), want
 	}
 	c.Tunnels = l.changedTunnels()
@@ -301,7 +301,7 @@ func (l *loop) tryResync(ctx context.Context, reopen bool) (nft.Receipt, error) 
 	l.engine.Adopt(state.Tables)
 	c := nft.Change{Delta: l.engine.Replace(l.inv.cluster())}
 	c.Bind, c.Unbind = diffBindings(state.Bindings, l.wantBindings())
-	l.networks = l.inv.podNetworks(l.cfg.PodCIDRs)
+	l.networks = l.inv.podNetworks(l.cfg.notMasqueraded())
 	if !slices.Equal(l.networks, state.PodNetworks) {
 		c.PodNetworks = notNil(l.networks)
 	}

@@ -52,8 +52,8 @@ func newMesh(c Config, log *slog.Logger) (*mesh, error) {
 	}
 	m, err := cni.NewMesh(cni.MeshConfig{
 		Mode: c.Mesh.Mode, VNI: c.Mesh.VNI, Port: c.Mesh.Port, Encrypt: c.Mesh.Encrypt, AllowPlaintext: c.Mesh.AllowPlaintext,
-		Node: cni.NodeAddress{Addrs: c.Mesh.NodeAddresses, CIDRs: c.Mesh.NodeCIDRs, Interface: c.Mesh.NodeInterface},
-		MTU:  c.MTU, StateDir: c.StateDir, Log: log,
+		Node:        cni.NodeAddress{Addrs: c.Mesh.NodeAddresses, CIDRs: c.Mesh.NodeCIDRs, Interface: c.Mesh.NodeInterface},
+		PodNetworks: c.ClusterCIDRs, MTU: c.MTU, StateDir: c.StateDir, Log: log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("config field mesh: %w", err)
