@@ -98,6 +98,8 @@ func TestDependencies(t *testing.T) {
 		"ipam":   {"k8s.io/", "sigs.k8s.io/", "github.com/spf13/cobra", "net/http"},
 		"cni":    {"k8s.io/", "sigs.k8s.io/", "github.com/spf13/cobra", "github.com/google/nftables"},
 		"nft":    {"k8s.io/", "sigs.k8s.io/", "github.com/vishvananda/netlink"},
+		// 3 ms of package initialisation that every call of the plugin would pay.
+		"main": {"k8s.io/client-go/kubernetes", "github.com/spf13/cobra/doc"},
 	}
 	for _, p := range packages {
 		if p.isTestSupport() {

@@ -62,10 +62,8 @@ type lastKnown struct {
 	objects []lastKnownObject
 }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
 func (k *lastKnown) write(w io.Writer) error {
-	sum := crc32.New(castagnoli)
+	sum := crc32.New(crc32.MakeTable(crc32.Castagnoli))
 	buffered := bufio.NewWriterSize(io.MultiWriter(w, sum), 64<<10)
 	enc := json.NewEncoder(buffered)
 	err := enc.Encode(lastKnownHeader{lastKnownVersion, k.node, k.at})
@@ -118,7 +116,7 @@ func loadLastKnown(dir string) (*lastKnown, error) {
 }
 
 func readLastKnown(from io.Reader) (*lastKnown, error) {
-	r, sum, k := bufio.NewReaderSize(from, 64<<10), crc32.New(castagnoli), &lastKnown{}
+	r, sum, k := bufio.NewReaderSize(from, 64<<10), crc32.New(crc32.MakeTable(crc32.Castagnoli)), &lastKnown{}
 	next := func(into any) ([]byte, error) {
 		line, err := r.ReadBytes('\n')
 		if err != nil {

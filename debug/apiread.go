@@ -8,11 +8,9 @@ import (
 
 	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/nftcni/nftcni/k8s"
 	"github.com/nftcni/nftcni/policy"
 )
 
@@ -24,34 +22,21 @@ func (a *apiFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&a.server, "server", "", "URL of the API server, in place of the kubeconfig's")
 }
 
-// generation reads metadata.generation of a NetworkPolicy. A get without resourceVersion
-// is a quorum read (Kubernetes API concepts, "Semantics for get and list").
+// generation reads metadata.generation of a NetworkPolicy.
 func (a apiFlags) generation(ctx context.Context, name string) (int64, error) {
 	namespace, object, ok := strings.Cut(name, "/")
 	if !ok {
 		return 0, fmt.Errorf("policy %q: it is written NAMESPACE/NAME", name)
 	}
-	client, err := a.client()
+	cluster, err := a.cluster()
 	if err != nil {
 		return 0, err
 	}
-	p, err := client.NetworkingV1().NetworkPolicies(namespace).Get(ctx, object, metav1.GetOptions{})
-	if err != nil {
-		return 0, fmt.Errorf("read policy %s from the API server: %w", name, err)
-	}
-	return p.Generation, nil
+	return cluster.PolicyGeneration(ctx, policy.Name{Namespace: namespace, Name: object})
 }
 
-func (a apiFlags) client() (*kubernetes.Clientset, error) {
-	cfg, err := clientcmd.BuildConfigFromFlags(a.server, a.kubeconfig)
-	if err != nil {
-		return nil, fmt.Errorf("read kubeconfig: %w", err)
-	}
-	client, err := kubernetes.NewForConfig(cfg)
-	if err != nil {
-		return nil, fmt.Errorf("make API client: %w", err)
-	}
-	return client, nil
+func (a apiFlags) cluster() (*k8s.Cluster, error) {
+	return k8s.NewCluster(k8s.ClusterOptions{Kubeconfig: a.kubeconfig, Server: a.server})
 }
 
 // backend is a pod behind a Service and the port that the Service sends to there.
@@ -70,13 +55,13 @@ func (a apiFlags) backends(ctx context.Context, c *policy.Cluster, name string, 
 	if a.kubeconfig == "" && a.server == "" {
 		return nil, fmt.Errorf("service %s: the agent keeps no Services; give --kubeconfig, or ask for a pod behind it", name)
 	}
-	client, err := a.client()
+	cluster, err := a.cluster()
 	if err != nil {
 		return nil, err
 	}
-	s, err := client.CoreV1().Services(namespace).Get(ctx, object, metav1.GetOptions{})
+	s, err := cluster.Service(ctx, policy.Name{Namespace: namespace, Name: object})
 	if err != nil {
-		return nil, fmt.Errorf("read service %s from the API server: %w", name, err)
+		return nil, err
 	}
 	if len(s.Spec.Selector) == 0 {
 		return nil, fmt.Errorf("service %s selects no pods (it is without selector, or headless for others): ask for one of its addresses", name)

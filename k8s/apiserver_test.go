@@ -173,6 +173,8 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.postEvent(w, r)
 	case r.Method == http.MethodGet && r.URL.Query().Get("watch") != "":
 		s.watch(w, r, resource)
+	case len(parts) > 1 && parts[len(parts)-2] == "networkpolicies":
+		s.get(w, "networkpolicies/"+parts[len(parts)-3]+"/"+resource)
 	default:
 		s.list(w, resource)
 	}
@@ -182,6 +184,20 @@ func status(w http.ResponseWriter, code int, reason, message string) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":%q,"message":%q,"code":%d}`, reason, message, code)
+}
+
+func (s *apiServer) get(w http.ResponseWriter, key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	o, ok := s.objects[key]
+	if !ok {
+		status(w, http.StatusNotFound, "NotFound", key)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(o); err != nil {
+		panic(err)
+	}
 }
 
 func (s *apiServer) list(w http.ResponseWriter, resource string) {

@@ -170,6 +170,27 @@ func remedyFor(err error) string {
 	return "check the API server's address and that it runs"
 }
 
+// PolicyGeneration reads metadata.generation of a NetworkPolicy from the API server. A
+// get without resourceVersion is a quorum read (Kubernetes API concepts, "Semantics for
+// get and list").
+func (c *Cluster) PolicyGeneration(ctx context.Context, name policy.Name) (int64, error) {
+	var p networkingv1.NetworkPolicy
+	err := c.clients.networking.Get().Namespace(name.Namespace).Resource("networkpolicies").Name(name.Name).Do(ctx).Into(&p)
+	if err != nil {
+		return 0, fmt.Errorf("read policy %s/%s from the API server: %w", name.Namespace, name.Name, err)
+	}
+	return p.Generation, nil
+}
+
+// Service reads a Service from the API server; the agent itself keeps none.
+func (c *Cluster) Service(ctx context.Context, name policy.Name) (*corev1.Service, error) {
+	var s corev1.Service
+	if err := c.clients.core.Get().Namespace(name.Namespace).Resource("services").Name(name.Name).Do(ctx).Into(&s); err != nil {
+		return nil, fmt.Errorf("read service %s/%s from the API server: %w", name.Namespace, name.Name, err)
+	}
+	return &s, nil
+}
+
 // refused queues a Kubernetes Event on an object that cannot be honoured.
 func (c *Cluster) refused(kind int, r *record, p Problem) {
 	if kind == kindPod || kind == kindPolicy {

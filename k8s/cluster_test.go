@@ -206,6 +206,19 @@ func TestClusterPublishedKey(t *testing.T) {
 	})
 }
 
+// TestPolicyGeneration: read from the server itself, whatever the watch has seen.
+func TestPolicyGeneration(t *testing.T) {
+	api := newAPIServer(t, true)
+	api.put(apiPolicy("a", "q", 7))
+	source := api.source(t)
+	if got, err := source.PolicyGeneration(t.Context(), policy.Name{Namespace: "a", Name: "q"}); got != 7 || err != nil {
+		t.Errorf("got %d, %v", got, err)
+	}
+	if _, err := source.PolicyGeneration(t.Context(), policy.Name{Namespace: "a", Name: "r"}); err == nil || !strings.Contains(err.Error(), "read policy a/r") {
+		t.Errorf("no such policy: %v", err)
+	}
+}
+
 // TestClusterMirrorPod: a static pod is known by its own UID, and published by its
 // mirror's.
 func TestClusterMirrorPod(t *testing.T) {

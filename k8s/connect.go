@@ -76,7 +76,9 @@ func loadConfig(o ClusterOptions) (*rest.Config, error) {
 	var cfg *rest.Config
 	var err error
 	if o.Kubeconfig == "" {
-		if cfg, err = rest.InClusterConfig(); err != nil {
+		if cfg, err = rest.InClusterConfig(); errors.Is(err, rest.ErrNotInCluster) && o.Server != "" {
+			cfg = &rest.Config{} // a server that asks for no credentials, like kubectl proxy
+		} else if err != nil {
 			return nil, fmt.Errorf("no kubeconfig is given and this is not a pod with a service account: give --kubeconfig or --manifests: %w", err)
 		}
 	} else if cfg, err = clientcmd.BuildConfigFromFlags(o.Server, o.Kubeconfig); err != nil {

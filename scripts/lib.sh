@@ -36,5 +36,5 @@ build() {
   local version commit
   version=$(git describe --tags --always --dirty 2>/dev/null || echo unknown)
   commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-  go build -trimpath -ldflags "-s -w -X main.version=$version -X main.commit=$commit" -o "$1" .
+  go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$version -X main.commit=$commit" -o "$1" .
 }
