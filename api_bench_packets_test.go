@@ -30,6 +30,9 @@ import (
 const (
 	benchNode = "bench"
 	benchPort = 9
+	// probesBefore are sent before a change, one a millisecond: the grace period of the
+	// change before is over then, as it is when changes come one at a time.
+	probesBefore = 150
 )
 
 // The two real pods, and the one peer that policies name by its own label. Peers send
@@ -237,7 +240,7 @@ func (f *datagramFlow) state() (sent, last int, lastAt time.Time) {
 // the part of it that the API call took.
 func (n *apiBench) opened(f *datagramFlow, change func()) (total, api time.Duration) {
 	n.b.Helper()
-	n.until("30 probes", func() bool { sent, _, _ := f.state(); return sent >= 30 })
+	n.until("probes before the change", func() bool { sent, _, _ := f.state(); return sent >= probesBefore })
 	if _, last, _ := f.state(); last >= 0 {
 		n.b.Fatalf("%s to %s is open before the change", f.from, f.to)
 	}
@@ -258,7 +261,11 @@ func (n *apiBench) opened(f *datagramFlow, change func()) (total, api time.Durat
 // shut is the time from just before change to the first datagram that does not arrive.
 func (n *apiBench) shut(f *datagramFlow, change func()) (total, api time.Duration) {
 	n.b.Helper()
-	n.until("30 probes", func() bool { sent, last, _ := f.state(); return sent >= 30 && last >= 20 })
+	earlier, _, _ := f.state()
+	n.until("probes before the change", func() bool {
+		sent, last, _ := f.state()
+		return sent >= earlier+probesBefore && last >= earlier+probesBefore/2
+	})
 	before, _, _ := f.state()
 	began := time.Now()
 	change()
