@@ -1,8 +1,12 @@
 package policy_test
 
 import (
+	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -123,12 +127,6 @@ var eventKinds = []struct {
 		}
 		return out
 	}},
-	{"policy-halves-pods", func(s policytest.Shape) []policy.Event {
-		a := s.Policy(0)
-		a.ID.Name.Name = "halves"
-		a.Rules[0] = []policy.Rule{{Peers: []policy.Peer{{Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{"app1", "app3"}}}}}}}}}
-		return []policy.Event{{Policy: &a}, {Policy: &a, Delete: true}}
-	}},
 }
 
 func processCPU(b *testing.B) time.Duration {
@@ -146,4 +144,71 @@ func threadCPU(b *testing.B) time.Duration {
 		b.Fatal(err)
 	}
 	return time.Duration(t.Nano())
+}
+
+// BenchmarkHalves is the worst case: all pods are of one class until a policy of one
+// local pod tells half of them apart, and again when it is gone and Tidy merges them.
+func BenchmarkHalves(b *testing.B) {
+	for _, pods := range []int{1000, 10000, 50000} {
+		s := policytest.Shape{Pods: pods, Namespaces: 100, Local: 1}
+		b.Run(s.String(), func(b *testing.B) {
+			c := s.Cluster()
+			everyone := policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{}}}}
+			c.Policies = []policy.Policy{networkPolicy("ns0", "everyone", policy.Selector{}, policy.Ingress, everyone)}
+			half := networkPolicy("ns0", "half", policy.Selector{}, policy.Egress, policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{
+				Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Op: policy.In, Values: []string{"app0", "app1"}}}},
+			}}}})
+			e := policy.NewEngine("here")
+			e.Replace(c)
+			longest, ops := 0, 0
+			cpu := processCPU(b)
+			for b.Loop() {
+				for _, d := range []policy.Delta{e.Apply(policy.Event{Policy: &half}), e.Apply(policy.Event{Policy: &half, Delete: true}), e.Tidy()} {
+					ops += opsOf(d)
+					for _, step := range d.Steps {
+						longest = max(longest, len(step))
+					}
+				}
+			}
+			b.ReportMetric((processCPU(b)-cpu).Seconds()*1e3/float64(b.N), "cpu-ms/op")
+			b.ReportMetric(float64(ops)/float64(b.N), "ops/op")
+			b.ReportMetric(float64(longest), "longest-step")
+		})
+	}
+}
+
+// BenchmarkMemory is what an engine keeps once the cluster it was given is garbage.
+// The difference between two sizes is the price of a remote pod.
+func BenchmarkMemory(b *testing.B) {
+	for _, s := range []policytest.Shape{
+		{Pods: 10000, Policies: 10000, Namespaces: 1000, Local: 250},
+		{Pods: 50000, Policies: 10000, Namespaces: 1000, Local: 250},
+	} {
+		b.Run(s.String(), func(b *testing.B) {
+			var m runtime.MemStats
+			for b.Loop() {
+				e := policy.NewEngine("here")
+				e.Replace(s.Cluster())
+				debug.FreeOSMemory()
+				runtime.ReadMemStats(&m)
+				b.ReportMetric(float64(m.HeapAlloc)/1024, "heap-KiB")
+				b.ReportMetric(float64(m.HeapAlloc)/float64(s.Pods), "heap-B/pod")
+				b.ReportMetric(residentKiB(b)/1024, "RSS-MiB")
+				runtime.KeepAlive(e)
+			}
+		})
+	}
+}
+
+func residentKiB(b *testing.B) float64 {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(status), "VmRSS:")
+	n, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return n
 }
