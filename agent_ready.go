@@ -19,7 +19,6 @@ func newAgentReadyCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c := cni.NewClient(runDir)
-			defer c.Close()
 			r, err := c.Ready(cmd.Context())
 			if err != nil {
 				return err

@@ -36,7 +36,6 @@ type adding struct {
 // pod's policy, so no packet can be routed to the pod before.
 func (p *Plugin) add(ctx context.Context, c *call) error {
 	a := &adding{Plugin: p, call: c, agent: NewClient(c.conf.RunDir)}
-	defer a.agent.Close()
 	if err := a.prepare(ctx); err != nil {
 		return err
 	}

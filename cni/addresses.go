@@ -3,16 +3,11 @@ package cni
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/netip"
-	"path/filepath"
 
-	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/containernetworking/cni/pkg/version"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -121,85 +116,6 @@ func release(ctx context.Context, runDir string, r record, report func(string)) 
 	return err
 }
 
-// delegate is another IPAM plugin and what it was called with (CNI specification,
-// section 4): kept with the attachment, so that its address can be given back when the
-// runtime never calls DEL.
-type delegate struct {
-	Type string          `json:"type"`
-	Path string          `json:"path"` // CNI_PATH
-	Args string          `json:"args,omitempty"`
-	Conf json.RawMessage `json:"conf"`
-}
-
-func (c *call) delegate() *delegate {
-	return &delegate{Type: c.conf.IPAM.Type, Path: c.path, Args: c.rawArgs, Conf: c.conf.raw}
-}
-
-func (d *delegate) find() (string, error) {
-	path, err := invoke.FindInPath(d.Type, filepath.SplitList(d.Path))
-	if err != nil {
-		return "", wrong("ipam.type: plugin %s: %v; install it or use %s", d.Type, err, BuiltinIPAM)
-	}
-	return path, nil
-}
-
-func (d *delegate) env(command string, r record) *invoke.Args {
-	return &invoke.Args{Command: command, ContainerID: r.ContainerID, NetNS: r.NetNS, IfName: r.Interface,
-		Path: d.Path, PluginArgsStr: d.Args}
-}
-
-// run calls a command that has no result.
-func (d *delegate) run(ctx context.Context, command string, r record, stderr io.Writer) error {
-	path, err := d.find()
-	if err != nil {
-		return err
-	}
-	if err := invoke.ExecPluginWithoutResult(ctx, path, d.Conf, d.env(command, r), pluginExec(stderr)); err != nil {
-		return fmt.Errorf("ipam plugin %s %s: %w", d.Type, command, err)
-	}
-	return nil
-}
-
-// add asks the delegate for addresses.
-func (d *delegate) add(ctx context.Context, r record, stderr io.Writer) (allocation, error) {
-	path, err := d.find()
-	if err != nil {
-		return allocation{}, err
-	}
-	res, err := invoke.ExecPluginWithResult(ctx, path, d.Conf, d.env("ADD", r), pluginExec(stderr))
-	if err != nil {
-		return allocation{}, fmt.Errorf("ipam plugin %s ADD: %w", d.Type, err)
-	}
-	got, err := current.NewResultFromResult(res)
-	if err != nil {
-		return allocation{}, fmt.Errorf("ipam plugin %s: result: %w", d.Type, err)
-	}
-	return readAllocation(d.Type, got)
-}
-
-func readAllocation(plugin string, got *current.Result) (allocation, error) {
-	al := allocation{dns: got.DNS}
-	for _, ip := range got.IPs {
-		a, ok := netip.AddrFromSlice(ip.Address.IP)
-		if !ok {
-			return al, fmt.Errorf("ipam plugin %s: %q is not an address", plugin, ip.Address.String())
-		}
-		al.addresses = append(al.addresses, a.Unmap())
-		if subnet, ok := prefixOf(ip.Address.IP, ip.Address.Mask); ok {
-			al.pools = append(al.pools, subnet)
-		}
-	}
-	if len(al.addresses) == 0 {
-		return al, errors.New("ipam plugin " + plugin + ": gave no address")
-	}
-	for _, r := range got.Routes {
-		if dst, ok := prefixOf(r.Dst.IP, r.Dst.Mask); ok {
-			al.routes = append(al.routes, dst)
-		}
-	}
-	return al, nil
-}
-
 func prefixOf(ip []byte, mask []byte) (netip.Prefix, bool) {
 	a, ok := netip.AddrFromSlice(ip)
 	if !ok {
@@ -213,14 +129,6 @@ func prefixOf(ip []byte, mask []byte) (netip.Prefix, bool) {
 	}
 	p, err := a.Unmap().Prefix(ones)
 	return p, err == nil
-}
-
-// pluginExec runs plugins without libcni's environment lookups.
-func pluginExec(stderr io.Writer) invoke.Exec {
-	return &struct {
-		*invoke.RawExec
-		version.PluginDecoder
-	}{RawExec: &invoke.RawExec{Stderr: stderr}}
 }
 
 // fromPayload makes the record of an attachment from its leases.

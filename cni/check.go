@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
@@ -272,13 +271,12 @@ func (k *checking) checkLease(ctx context.Context) error {
 // checkBinding asks the agent. One that is too old to be asked is no difference.
 func (k *checking) checkBinding(ctx context.Context) error {
 	agent := NewClient(k.conf.RunDir)
-	defer agent.Close()
 	err := agent.Bound(ctx, k.record.Attachment)
 	var refused *Error
 	switch {
 	case errors.As(err, &refused) && refused.Code == types.ErrUnknownContainer:
 		k.differ("policy: %s", refused.Message)
-	case errors.As(err, &refused) && refused.Code == 0 && strings.HasPrefix(refused.Message, fmt.Sprint(http.StatusNotFound)):
+	case errors.As(err, &refused) && refused.Code == 0 && strings.HasPrefix(refused.Message, "404"):
 		k.report("the agent cannot tell whether an attachment is bound: its policy was not checked")
 	case errors.Is(err, ErrNoAgent):
 		return tryLater("%v", err)

@@ -2,14 +2,16 @@ package cni
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -27,33 +29,20 @@ const (
 // maxAnswer bounds an answer of the agent, in bytes.
 const maxAnswer = 1 << 20
 
-// Client calls the agent over its unix socket. It keeps one connection, so that the
-// calls of one ADD share it; Close ends it.
-type Client struct{ http *http.Client }
+// Client calls the agent over its unix socket, one connection a call. It speaks HTTP/1.0
+// (RFC 1945) by itself: net/http would be initialised in every start of the plugin, and most
+// of the agent's own packages with it (docs/decisions/0024).
+type Client struct{ socket string }
 
 // NewClient returns a client of the agent that serves runDir.
 func NewClient(runDir string) *Client {
-	path := filepath.Join(runDir, SocketName)
-	return &Client{http: &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
-			if err != nil {
-				return nil, fmt.Errorf("%w (%w)", ErrNoAgent, err)
-			}
-			return conn, nil
-		},
-		DisableCompression: true,
-		MaxIdleConns:       1,
-	}}}
+	return &Client{socket: filepath.Join(runDir, SocketName)}
 }
-
-// Close ends the connection.
-func (c *Client) Close() { c.http.CloseIdleConnections() }
 
 // Ready asks whether the agent is ready and what it knows of the node.
 func (c *Client) Ready(ctx context.Context) (Ready, error) {
 	var r Ready
-	err := c.call(ctx, readyTimeout, http.MethodGet, PathReady, nil, &r)
+	err := c.call(ctx, readyTimeout, "GET", PathReady, nil, &r)
 	return r, err
 }
 
@@ -61,61 +50,99 @@ func (c *Client) Ready(ctx context.Context) (Ready, error) {
 // agent's refusal; errors that match ErrNoAgent mean that there is no agent.
 func (c *Client) Attach(ctx context.Context, a Attachment) (AttachResponse, error) {
 	var r AttachResponse
-	err := c.call(ctx, attachTimeout, http.MethodPost, PathAttach, AttachRequest{a}, &r)
+	err := c.call(ctx, attachTimeout, "POST", PathAttach, AttachRequest{a}, &r)
 	return r, err
 }
 
 // Detach undoes Attach. Errors are those of Attach.
 func (c *Client) Detach(ctx context.Context, r DetachRequest) error {
-	return c.call(ctx, detachTimeout, http.MethodPost, PathDetach, r, &struct{}{})
+	return c.call(ctx, detachTimeout, "POST", PathDetach, r, &struct{}{})
 }
 
 // Bound asks whether the attachment is bound as it is written here; an *Error of code 3
 // says that it is not.
 func (c *Client) Bound(ctx context.Context, a Attachment) error {
-	return c.call(ctx, readyTimeout, http.MethodPost, PathBound, AttachRequest{a}, &struct{}{})
+	return c.call(ctx, readyTimeout, "POST", PathBound, AttachRequest{a}, &struct{}{})
 }
 
 func (c *Client) call(ctx context.Context, limit time.Duration, method, path string, in, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	var body io.Reader
+	var body []byte
 	if in != nil {
-		b, err := json.Marshal(in)
-		if err != nil {
+		var err error
+		if body, err = json.Marshal(in); err != nil {
 			return fmt.Errorf("encode request %s: %w", path, err)
 		}
-		body = bytes.NewReader(b)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, body)
-	if err != nil {
-		return fmt.Errorf("agent request %s: %w", path, err)
-	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-	}
-	resp, err := c.http.Do(req)
+	raw, err := c.exchange(ctx, fmt.Appendf(nil, "%s %s HTTP/1.0\r\nHost: agent\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
+		method, path, len(body), body))
 	if err != nil {
 		return fmt.Errorf("agent %s: %w", path, err)
 	}
-	defer func() { _ = resp.Body.Close() }()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	a, err := parseAnswer(raw)
 	if err != nil {
-		return fmt.Errorf("agent %s: read answer: %w", path, err)
+		return fmt.Errorf("agent %s: %w", path, err)
 	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("agent %s: %w", path, refusal(resp, b))
+	if a.code != 200 {
+		return fmt.Errorf("agent %s: %w", path, a.refusal())
 	}
-	if err := json.Unmarshal(b, out); err != nil {
+	if err := json.Unmarshal(a.body, out); err != nil {
 		return fmt.Errorf("agent %s: decode answer: %w", path, err)
 	}
 	return nil
 }
 
-func refusal(resp *http.Response, body []byte) *Error {
+// exchange sends a request and reads until the agent closes the connection, which is the
+// end of an HTTP/1.0 answer.
+func (c *Client) exchange(ctx context.Context, request []byte) ([]byte, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", c.socket)
+	if err != nil {
+		return nil, fmt.Errorf("%w (%w)", ErrNoAgent, err)
+	}
+	defer func() { _ = conn.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err = conn.Write(request); err != nil {
+		err = fmt.Errorf("send request: %w", err)
+	}
+	answer, readErr := io.ReadAll(io.LimitReader(conn, maxAnswer))
+	if len(answer) > 0 && readErr == nil {
+		return answer, nil // an agent may refuse without reading everything
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err == nil {
+		err = cmp.Or(readErr, io.ErrUnexpectedEOF)
+	}
+	return nil, fmt.Errorf("read answer: %w", err)
+}
+
+// answer is what came back: status code and phrase, and what follows the header, which
+// says nothing else of interest.
+type answer struct {
+	code   int
+	status string
+	body   []byte
+}
+
+func parseAnswer(raw []byte) (answer, error) {
+	header, body, ok := bytes.Cut(raw, []byte("\r\n\r\n"))
+	line, _, _ := strings.Cut(string(header), "\r\n")
+	protocol, status, _ := strings.Cut(line, " ")
+	digits, _, _ := strings.Cut(status, " ")
+	code, err := strconv.Atoi(digits)
+	if !ok || !strings.HasPrefix(protocol, "HTTP/1.") || err != nil {
+		return answer{}, fmt.Errorf("%q is no HTTP answer", raw[:min(len(raw), 80)])
+	}
+	return answer{code: code, status: status, body: body}, nil
+}
+
+func (a answer) refusal() *Error {
 	e := new(Error)
-	if json.Unmarshal(body, e) != nil || e.Message == "" {
-		return &Error{Message: resp.Status}
+	if json.Unmarshal(a.body, e) != nil || e.Message == "" {
+		return &Error{Message: cmp.Or(a.status, "no status")}
 	}
 	return e
 }

@@ -33,7 +33,6 @@ func (p *Plugin) del(ctx context.Context, c *call) error {
 		return err
 	}
 	agent := NewClient(c.conf.RunDir)
-	defer agent.Close()
 	t := teardown{record: r, runDir: c.conf.RunDir, host: h, report: p.report, done: func(s string) { p.done("del " + s) },
 		detach: func(ctx context.Context) error { return agent.Detach(ctx, detachRequest(r.Attachment)) }}
 	return t.run(ctx)

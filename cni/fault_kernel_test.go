@@ -25,7 +25,6 @@ func (n *node) reconcile() []Attachment {
 	gone, err := Reconcile(context.Background(), ReconcileOptions{RunDir: n.run, StateDir: n.state,
 		Detach: func(ctx context.Context, a Attachment) error {
 			c := NewClient(n.run)
-			defer c.Close()
 			return c.Detach(ctx, detachRequest(a))
 		}, Report: func(s string) { n.t.Log(s) }})
 	if err != nil {

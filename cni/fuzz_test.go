@@ -4,8 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -109,12 +109,12 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(409, []byte(`{"code":11,"message":"later"}`))
 	f.Add(404, []byte("404 page not found"))
 	f.Fuzz(func(t *testing.T, status int, body []byte) {
-		if status < 200 || status > 599 {
-			return
+		if a, err := parseAnswer(body); err == nil && a.refusal().Message == "" {
+			t.Error("a refusal without a message")
 		}
-		resp := &http.Response{StatusCode: status, Status: http.StatusText(status)}
-		if e := refusal(resp, body); e == nil {
-			t.Error("no error")
+		a, err := parseAnswer(fmt.Appendf(nil, "HTTP/1.0 %d Whatever\r\nDate: now\r\n\r\n%s", status, body))
+		if err != nil || a.code != status || !bytes.Equal(a.body, body) || a.refusal().Message == "" {
+			t.Errorf("answer %+v, %v", a, err)
 		}
 		var r Ready
 		if json.NewDecoder(bytes.NewReader(body)).Decode(&r) == nil {

@@ -51,7 +51,6 @@ func (p *Plugin) gc(ctx context.Context, c *call) error {
 		return err
 	}
 	agent := NewClient(c.conf.RunDir)
-	defer agent.Close()
 	var errs []error
 	for _, name := range slices.Sorted(maps.Keys(stale)) {
 		errs = append(errs, p.collect(ctx, c, h, agent, stale[name]))

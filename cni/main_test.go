@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -21,8 +22,10 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/version"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -416,4 +419,12 @@ func podHandle(t testing.TB, path string) *netlink.Handle {
 	}
 	t.Cleanup(h.Close)
 	return h
+}
+
+// pluginExec runs plugins without libcni's environment lookups.
+func pluginExec(stderr io.Writer) invoke.Exec {
+	return &struct {
+		*invoke.RawExec
+		version.PluginDecoder
+	}{RawExec: &invoke.RawExec{Stderr: stderr}}
 }

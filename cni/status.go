@@ -10,7 +10,6 @@ import (
 // (CNI specification 1.1.0, section 4, STATUS).
 func (p *Plugin) status(ctx context.Context, c *call) error {
 	agent := NewClient(c.conf.RunDir)
-	defer agent.Close()
 	ready, err := agent.Ready(ctx)
 	if err != nil {
 		return types.NewError(types.ErrPluginNotAvailable, err.Error(), "")
