@@ -289,17 +289,18 @@ func (a *adoption) difference() Delta {
 		}
 	}
 	var d Delta
+	limit := a.e.maxStep
 	for _, m := range []Map{AccessPort, AccessRange, AccessRest, AccessOthers, Access} {
-		d.add(sortedOps(stage[m][1]))
+		d.add(limit, sortedOps(stage[m][1]))
 		d.Drops = append(d.Drops, sortedOps(stage[m][0])...)
 	}
-	d.addWhole(append(sortedOps(stage[NetID][0]), sortedOps(stage[NetID][1])...))
-	d.add(sortedOps(slices.Concat(stage[PodID][0], stage[PodID][1])))
+	d.addRanges(limit, slices.Concat(stage[NetID][0], stage[NetID][1]))
+	d.add(limit, sortedOps(slices.Concat(stage[PodID][0], stage[PodID][1])))
 	for _, dir := range Directions {
 		member := isolatedSet(dir)
-		d.add(sortedOps(stage[member][0]))
-		d.add(sortedOps(slices.Concat(stage[profileMap(dir)][0], stage[profileMap(dir)][1])))
-		d.add(sortedOps(stage[member][1]))
+		d.add(limit, sortedOps(stage[member][0]))
+		d.add(limit, sortedOps(slices.Concat(stage[profileMap(dir)][0], stage[profileMap(dir)][1])))
+		d.add(limit, sortedOps(stage[member][1]))
 	}
 	d.Revokes = len(d.Steps) > 0 && len(a.kernel) > 0
 	a.e.retired = len(d.Drops) > 0

@@ -55,7 +55,7 @@ func TestAdopt(t *testing.T) {
 
 func adoptOnce(seed uint64, change func(*follower, policy.Tables, *policy.Cluster) *policy.Cluster, empty, exact bool) error {
 	f := newFollower(seed, policytest.Options{Tiers: seed%2 == 1})
-	f.flows = 0
+	f.flows, f.model = 0, newModel(&policy.Cluster{})
 	for range 15 {
 		if err := f.random(f.r.IntN(20)); err != nil {
 			return err
@@ -65,6 +65,7 @@ func adoptOnce(seed uint64, change func(*follower, policy.Tables, *policy.Cluste
 		return err
 	}
 	c := change(f, f.tables, f.e.Cluster())
+	f.model = newModel(c)
 	f.e, f.twin = policy.NewEngine(policytest.Node(0)), nil
 	if exact {
 		f.twin = policy.NewEngine(policytest.Node(0))

@@ -23,6 +23,9 @@ func CheckBooks(e *Engine, tidy bool) error {
 	return b.err
 }
 
+// SetMaxStep bounds the ops of a step, so that small tests have many.
+func SetMaxStep(e *Engine, ops int) { e.maxStep = ops }
+
 type books struct {
 	e   *Engine
 	err error

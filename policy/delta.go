@@ -6,6 +6,8 @@ import (
 )
 
 // maxStep bounds the ops of one step: a commit holds up other writers of netfilter.
+// Any bound is right, for each address is decided by one lookup of its own. Only the
+// ranges that replace each other are one step however many they are.
 const maxStep = 2000
 
 func add(k Key, v uint32, comment string) Op { return Op{Element: Element{k, v, comment}} }
@@ -185,31 +187,59 @@ func (pl *plan) delta() Delta {
 			e.releaseIdentity(i, discard)
 		}
 	}
-	d.add(pl.newElements())
-	d.addWhole(pl.netOps)
-	d.add(pl.podOps)
-	d.add(pl.early)
-	d.add(pl.isolate)
+	d.add(e.maxStep, pl.newElements())
+	d.addRanges(e.maxStep, pl.netOps)
+	d.add(e.maxStep, pl.podOps)
+	d.add(e.maxStep, pl.early)
+	d.add(e.maxStep, pl.isolate)
 	if n := len(d.Steps); pl.opposite.any() && len(pl.late) > 0 {
 		d.Pause = n
 	}
-	d.add(pl.release)
-	d.add(pl.late)
+	d.add(e.maxStep, pl.release)
+	d.add(e.maxStep, pl.late)
 	d.Drops = pl.drops()
 	d.Settle = pl.repoints && e.retired
 	e.finish(d.Settle, d.Drops)
 	return d
 }
 
-func (d *Delta) add(ops []Op) {
+// add appends ops in steps of at most limit, which is 2 or more.
+func (d *Delta) add(limit int, ops []Op) {
 	for len(ops) > 0 {
-		n := min(len(ops), maxStep)
+		n := min(len(ops), limit)
 		if n < len(ops) && ops[n-1].Delete {
 			n-- // a change is a delete and an add of one key: never in two steps
 		}
 		d.addWhole(ops[:n])
 		ops = ops[n:]
 	}
+}
+
+// addRanges does the same for ranges. Those that overlap, deleted and added, are in one
+// step: an address must never miss its range.
+func (d *Delta) addRanges(limit int, ops []Op) {
+	slices.SortStableFunc(ops, func(a, b Op) int { return a.Addr.Compare(b.Addr) })
+	var step []Op
+	for len(ops) > 0 {
+		n, end := 1, ops[0].To
+		for ; n < len(ops) && !end.Less(ops[n].Addr); n++ {
+			if end.Less(ops[n].To) {
+				end = ops[n].To
+			}
+		}
+		if len(step)+n > limit {
+			d.addWhole(deletesFirst(step))
+			step = nil
+		}
+		step = append(step, ops[:n]...)
+		ops = ops[n:]
+	}
+	d.addWhole(deletesFirst(step))
+}
+
+func deletesFirst(ops []Op) []Op {
+	slices.SortStableFunc(ops, func(a, b Op) int { return boolDelta(!a.Delete) - boolDelta(!b.Delete) })
+	return ops
 }
 
 func (d *Delta) addWhole(ops []Op) {

@@ -10,7 +10,8 @@ import (
 // equal compiling from scratch, up to renaming numbers and, until Tidy, up to elements
 // that nothing needs any more. It is not safe for concurrent use.
 type Engine struct {
-	node string
+	node    string
+	maxStep int
 
 	// What there is.
 	pods       map[Name]*pod
@@ -89,6 +90,7 @@ type claim struct {
 func NewEngine(node string) *Engine {
 	e := &Engine{
 		node:           node,
+		maxStep:        maxStep,
 		pods:           map[Name]*pod{},
 		namespaces:     map[string]*namespace{},
 		nodes:          map[string]Node{},

@@ -295,11 +295,48 @@ func TestSplitOfHalfThePods(t *testing.T) {
 			t.Errorf("step %d has %d ops, want at most 2000", i, len(step))
 		}
 	}
+	if len(d.Steps) < 10 {
+		t.Errorf("%d steps", len(d.Steps))
+	}
 	if n := opsOf(d); n > 20100 {
 		t.Errorf("%d ops for half of 20,000 pods, want a delete and an add for each of 10,000", n)
 	}
 	if err := f.follow(d); err != nil {
 		t.Fatal(err)
+	}
+	if err := f.compare(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestManyBlocksInSteps: a policy with thousands of blocks is bounded steps as well, but
+// for those blocks that cut one range.
+func TestManyBlocksInSteps(t *testing.T) {
+	f := newFollower(1, policytest.Options{})
+	f.flows = 0
+	c := policytest.Shape{Pods: 1, Namespaces: 1}.Cluster()
+	c.Pods[0].Node = policytest.Node(0)
+	if err := f.follow(f.e.Replace(c)); err != nil {
+		t.Fatal(err)
+	}
+	blocks := func(a byte) policy.Policy {
+		var r policy.Rule
+		for i := range 3000 {
+			r.Peers = append(r.Peers, policy.Peer{Block: &policy.Block{CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{a, byte(i >> 8), byte(i), 0}), 26)}})
+		}
+		return networkPolicy("ns0", fmt.Sprint("blocks", a), policy.Selector{}, policy.Egress, r)
+	}
+	for _, a := range []byte{20, 30} {
+		p := blocks(a)
+		d := f.e.Apply(policy.Event{Policy: &p})
+		for i, step := range d.Steps {
+			if len(step) > 2000 {
+				t.Errorf("step %d has %d ops, want at most 2000", i, len(step))
+			}
+		}
+		if err := f.follow(d); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := f.compare(); err != nil {
 		t.Fatal(err)
