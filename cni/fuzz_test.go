@@ -194,3 +194,17 @@ func TestNames(t *testing.T) {
 		}
 	}
 }
+
+// TestPodNames: what a runtime says a pod is called reaches files, logs and terminals.
+func TestPodNames(t *testing.T) {
+	for _, args := range []string{"", "K8S_POD_NAME=web-1", "K8S_POD_NAMESPACE=a;K8S_POD_NAME=Web_1.b"} {
+		if a, err := parseArgs(args); err != nil || a.check() != nil {
+			t.Errorf("%q: %v, %v", args, err, a.check())
+		}
+	}
+	for _, args := range []string{"K8S_POD_NAMESPACE=../..;K8S_POD_NAME=b", "K8S_POD_NAME=a/b", "K8S_POD_NAME=a\n\x1b[31mb", "K8S_POD_NAME=" + strings.Repeat("a", 254)} {
+		if a, err := parseArgs(args); err != nil || a.check() == nil {
+			t.Errorf("%q: %v, and it counts as a name", args, err)
+		}
+	}
+}

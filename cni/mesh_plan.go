@@ -42,7 +42,7 @@ func (c *MeshConfig) planMesh(self Peer, peers []Peer, v *meshView) (*meshState,
 	p := &meshPlan{cfg: c, view: v, self: self, owner: map[netip.Prefix]string{}, keyOf: map[wgKey]string{},
 		state: meshState{tunnels: map[string]*tunnel{}, wgPeers: map[string]map[wgKey]wgPeer{}, routes: map[routeKey]meshRoute{}}}
 	var err error
-	if p.addrs, err = c.Node.own(self, v); err != nil {
+	if p.addrs, err = c.Node.own(self, v); err != nil && c.Mode != MeshNone {
 		return nil, p.rep, err
 	}
 	p.rep.Addrs = p.addrs.list()

@@ -157,6 +157,11 @@ func (p *Plugin) readCall(raw []byte) (*call, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.command == "ADD" {
+		if err := args.check(); err != nil {
+			return nil, err
+		}
+	}
 	c.args = args
 	c.conf, err = parseConfig(raw)
 	return c, err
@@ -208,6 +213,17 @@ func parseArgs(s string) (podArgs, error) {
 		}
 	}
 	return a, nil
+}
+
+// check refuses names that no object can have, before they reach files, logs and terminals.
+// Only ADD asks: what is there must be deletable whatever it is called.
+func (a podArgs) check() error {
+	for _, v := range [][2]string{{"K8S_POD_NAMESPACE", a.namespace}, {"K8S_POD_NAME", a.pod}} {
+		if v[1] != "" && (len(v[1]) > 253 || !pluginName.MatchString(v[1])) {
+			return badEnv("CNI_ARGS: %s: %.60q is not a name: use letters, digits, '-', '_' and '.', at most 253", v[0], v[1])
+		}
+	}
+	return nil
 }
 
 // podName is namespace/name, or nothing outside Kubernetes.
