@@ -310,36 +310,36 @@ func probePolicy(name, subject string, roles ...string) *networkingv1.NetworkPol
 // benchAgent is the product's process.
 type benchAgent struct {
 	cmd   *exec.Cmd
+	began time.Time
 	ready time.Duration
 }
 
-func startBenchAgent(b *testing.B, binary, config, kubeconfig, run string) *benchAgent {
+func startBenchAgent(b *testing.B, binary string, args ...string) *benchAgent {
 	b.Helper()
-	log, err := os.Create(filepath.Join(filepath.Dir(config), "agent.log"))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer log.Close()
-	p := &benchAgent{cmd: exec.Command(binary, "agent", "--config", config, "--kubeconfig", kubeconfig)}
-	p.cmd.Stdout, p.cmd.Stderr = log, log
-	began := time.Now()
+	p := &benchAgent{began: time.Now(), cmd: exec.Command(binary, append([]string{"agent"}, args...)...)}
+	p.cmd.Stderr = os.Stderr
 	if err := p.cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
+	return p
+}
+
+// await waits until the agent serves.
+func (p *benchAgent) await(b *testing.B, run string) {
+	b.Helper()
 	client := agent.NewClient(filepath.Join(run, cni.SocketName))
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for range 12000 {
 		var s agent.Status
 		if client.Get(b.Context(), agent.PathStatus, &s) == nil && s.Ready {
-			p.ready = time.Since(began)
-			return p
+			p.ready = time.Since(p.began)
+			return
 		}
 		<-tick.C
 	}
 	_ = p.cmd.Process.Kill()
 	b.Fatal("the agent is not ready after a minute")
-	return nil
 }
 
 func (p *benchAgent) stop() error {

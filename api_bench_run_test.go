@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -13,8 +14,8 @@ import (
 )
 
 const apiBenchHeader = "| pods/policies | load | start s (CPU s) | pod created -> open | pod deleted -> shut | policy created -> open | policy deleted -> shut | " +
-	"policy created -> shut | policy deleted -> open | API call (pod, policy) | 100 pods: last answer -> last open | CPU ms a probed change | a pod change | a policy change | RSS (peak) MiB |\n" +
-	"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+	"policy created -> shut | policy deleted -> open | API calls (pod, policy) | open or shut after the last API answer (pod, policy) | 100 pods: last answer -> last open | CPU ms a probed change | a pod change | a policy change | RSS (peak) MiB |\n" +
+	"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 
 // run measures and prints one row: milliseconds as p50 (max).
 func (n *apiBench) run(scale string) {
@@ -25,11 +26,13 @@ func (n *apiBench) run(scale string) {
 	n.api.create(n.api.networking, "networkpolicies", benchNamespace(0), probePolicy("probe", "web", "client"))
 	n.api.createPod(n.peer(extraAddr, "extra"))
 	n.startAgent()
+	n.process.await(n.b, n.runDir())
 	startCPU := n.process.cpu()
 	d := map[string][]time.Duration{}
 	note := func(what, api string) func(total, call time.Duration) {
 		return func(total, call time.Duration) {
 			d[what], d[api] = append(d[what], total), append(d[api], call)
+			d["after "+api] = append(d["after "+api], total-call)
 		}
 	}
 	for range rounds {
@@ -43,15 +46,33 @@ func (n *apiBench) run(scale string) {
 	podCPU, policyCPU := n.quietChanges(100)
 	rss, peak := n.process.memory()
 	load, _ := os.ReadFile("/proc/loadavg")
-	fmt.Printf("| %s | %s | %.2f (%.2f) | %s | %s | %s | %s | %s | %s | %s, %s | %s | %.1f | %.1f | %.1f | %.0f (%.0f) |\n", scale, strings.Fields(string(load))[0],
+	fmt.Printf("| %s | %s | %.2f (%.2f) | %s | %s | %s | %s | %s | %s | %s, %s | %s, %s | %s | %.1f | %.1f | %.1f | %.0f (%.0f) |\n", scale, strings.Fields(string(load))[0],
 		n.process.ready.Seconds(), startCPU, milliseconds(d["pod+"]), milliseconds(d["pod-"]), milliseconds(d["allow+"]), milliseconds(d["allow-"]),
-		milliseconds(d["deny+"]), milliseconds(d["deny-"]), milliseconds(d["pod API"]), milliseconds(d["policy API"]), milliseconds(burst), probed, podCPU, policyCPU, rss, peak)
-	if err := n.process.stop(); err != nil {
+		milliseconds(d["deny+"]), milliseconds(d["deny-"]), milliseconds(d["pod API"]), milliseconds(d["policy API"]),
+		milliseconds(d["after pod API"]), milliseconds(d["after policy API"]), milliseconds(burst), probed, podCPU, policyCPU, rss, peak)
+	n.reboot()
+	if err := errors.Join(n.process.stop(), nft.Delete(context.Background(), nft.Options{})); err != nil {
 		n.b.Error(err)
 	}
-	if err := nft.Delete(context.Background(), nft.Options{}); err != nil {
-		n.b.Error(err)
+}
+
+// reboot starts the agent on a node without a table while the API server is away: the
+// last known objects come into force.
+func (n *apiBench) reboot() {
+	peer := n.peer(n.source(), "client")
+	a := netip.MustParseAddr(peer.Status.PodIP)
+	allowed := n.start(a, webAddr, false)
+	n.opened(allowed, func() { n.api.createPod(peer) })
+	if err := errors.Join(n.process.stop(), nft.Delete(context.Background(), nft.Options{})); err != nil {
+		n.b.Fatal(err)
 	}
+	forbidden := n.start(extraAddr, webAddr, false)
+	took, _ := n.shut(forbidden, func() { n.startAgent("--server", "https://127.0.0.1:1") })
+	n.stop(forbidden)
+	before, _, _ := allowed.state()
+	n.until("an allowed peer without the API server", func() bool { _, last, _ := allowed.state(); return last > before+50 })
+	n.stop(allowed)
+	n.b.Logf("reboot without the API server: enforced %v after the agent's start", took.Round(time.Millisecond))
 }
 
 type noting func(what, api string) func(total, call time.Duration)

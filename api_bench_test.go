@@ -230,17 +230,19 @@ func (n *apiBench) empty() {
 	})
 }
 
-// startAgent starts the built binary against the API server and waits until it serves.
-func (n *apiBench) startAgent() {
+// startAgent starts the built binary against the API server.
+func (n *apiBench) startAgent(args ...string) {
 	n.b.Helper()
-	run := filepath.Join(n.dir, fmt.Sprintf("run-%d", n.pods))
 	config := filepath.Join(n.dir, "agent.yaml")
-	text := fmt.Sprintf("node: %s\nnetwork: none\nrunDir: %s\nstateDir: %s\nlogLevel: warn\n", benchNode, run, filepath.Join(n.dir, "state"))
+	text := fmt.Sprintf("node: %s\nnetwork: none\nrunDir: %s\nstateDir: %s\nlogLevel: error\n", benchNode, n.runDir(), filepath.Join(n.dir, "state"))
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		n.b.Fatal(err)
 	}
-	n.process = startBenchAgent(n.b, filepath.Join(filepath.Dir(n.dir), "nftcni"), config, filepath.Join(n.dir, "kubeconfig"), run)
+	binary := filepath.Join(filepath.Dir(n.dir), "nftcni")
+	n.process = startBenchAgent(n.b, binary, append([]string{"--config", config, "--kubeconfig", filepath.Join(n.dir, "kubeconfig")}, args...)...)
 }
+
+func (n *apiBench) runDir() string { return filepath.Join(n.dir, "run") }
 
 func percentiles(d []time.Duration) (p50, most time.Duration) {
 	slices.Sort(d)

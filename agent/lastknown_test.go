@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -234,4 +235,25 @@ func TestLastKnownKept(t *testing.T) {
 			t.Errorf("written again without a change: %v", err)
 		}
 	})
+}
+
+// BenchmarkLastKnownSave writes a cluster of 10,000 pods and 1,000 policies.
+func BenchmarkLastKnownSave(b *testing.B) {
+	c := everyField()
+	for i := range 1000 {
+		p := c.Policies[0]
+		p.ID.Name.Name = fmt.Sprint("policy-", i)
+		c.Policies = append(c.Policies, p)
+	}
+	for i := range 10000 {
+		p := c.Pods[0]
+		p.Name.Name = fmt.Sprint("pod-", i)
+		c.Pods = append(c.Pods, p)
+	}
+	k, dir := lastKnownOf(c), b.TempDir()
+	for b.Loop() {
+		if err := k.save(dir); err != nil {
+			b.Fatal(err)
+		}
+	}
 }
