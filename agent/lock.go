@@ -10,9 +10,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// checkRunDir refuses a directory in which another user could put a socket or an attachment
+// of his own in place of ours.
+func checkRunDir(runDir string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(runDir, &st); err != nil {
+		return fmt.Errorf("run directory %s: %w", runDir, err)
+	}
+	if int(st.Uid) != os.Geteuid() || st.Mode&0o022 != 0 {
+		return fmt.Errorf("runDir: %s is owned by user %d with mode %04o: others could replace the agent's socket; make it the agent's own, with mode 0700", runDir, st.Uid, st.Mode&0o7777)
+	}
+	return nil
+}
+
 // lock makes sure that one agent at a time serves a run directory. The kernel releases
 // it with the process, however that ends.
 func lock(runDir string) (*os.File, error) {
+	if err := checkRunDir(runDir); err != nil {
+		return nil, err
+	}
 	path := filepath.Join(runDir, "agent.lock")
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
