@@ -44,7 +44,7 @@ func TestAdopt(t *testing.T) {
 		}, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			for seed := range effort(12, 60, 60, 600) {
+			for seed := range effort(8, 60, 60, 600) {
 				if err := adoptOnce(seed, tc.change, tc.empty, tc.name != "corrupted kernel"); err != nil {
 					t.Fatalf("seed %d: %v", seed, err)
 				}

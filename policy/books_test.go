@@ -319,10 +319,9 @@ func (b *books) checkNets() {
 	}
 	b.want(maps.Equal(held, e.nets.held), "signatures of ranges")
 	for _, r := range e.addresses {
-		if r.id == nil {
-			full, net := e.sign(r, true)
-			b.want(full == net, "%v needs an element", r.addr)
-		}
+		full, net := e.sign(r, true)
+		b.want(r.id != nil || full == net, "%v needs an element", r.addr)
+		b.want(r.id == nil || r.id.sig == full, "%v has an identity for %v, it is %v", r.addr, r.id.signature(), full)
 	}
 }
 

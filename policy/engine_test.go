@@ -197,7 +197,7 @@ func (f *follower) compare() error {
 }
 
 func TestEngineFollowsEvents(t *testing.T) {
-	runs := effort(6, 50, 100, 3000)
+	runs := effort(3, 50, 100, 3000)
 	for _, tiers := range []bool{false, true} {
 		t.Run(fmt.Sprintf("tiers=%v", tiers), func(t *testing.T) {
 			stats := map[string]int{}
@@ -223,6 +223,23 @@ func TestEngineFollowsEvents(t *testing.T) {
 			}
 			t.Logf("flows judged between states: %v", stats)
 		})
+	}
+}
+
+// TestBooksOverManyEvents makes many changes and judges few flows: what is not counted
+// or not looked up again shows in the books at once.
+func TestBooksOverManyEvents(t *testing.T) {
+	for seed := range effort(40, 100, 100, 2000) {
+		f := newFollower(seed, policytest.Options{Tiers: seed%2 == 0, Namespaces: 2, Pods: 8, Policies: 6})
+		f.flows, f.model = 4, newModel(&policy.Cluster{})
+		for i := range 40 {
+			if err := f.random(f.r.IntN(20)); err != nil {
+				t.Fatalf("seed %d, event %d: %v", seed, i, err)
+			}
+		}
+		if err := f.compare(); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
 	}
 }
 

@@ -102,7 +102,7 @@ func isLocal(o *policy.Oracle, f policy.Flow) [2]bool {
 
 func TestPacketsInFlightOverSeveralDeltas(t *testing.T) {
 	settled := 0
-	for seed := range effort(10, 60, 60, 1000) {
+	for seed := range effort(6, 60, 60, 1000) {
 		g := policytest.New(seed, policytest.Options{Tiers: seed%2 == 1})
 		l := &laggard{e: policy.NewEngine(policytest.Node(0)), kernel: policy.Tables{}, r: rand.New(rand.NewPCG(seed, 3))}
 		l.oracles = []*policy.Oracle{policy.NewOracle(&policy.Cluster{}, "")}

@@ -240,7 +240,7 @@ func main() {
 	list := flag.Bool("list", false, "list the mutants and run none")
 	write := flag.String("write", "", "write the result to this file")
 	workers := flag.Int("workers", 2, "how many to run side by side")
-	only := flag.String("only", "", "run those whose name contains this")
+	only := flag.String("only", "", "run those whose name contains this, or that a line of this file names")
 	flag.Parse()
 	if err := mutate(*seeded, *workers, *list, *only, *write); err != nil {
 		fmt.Fprintln(os.Stderr, "mutate:", err)
@@ -261,7 +261,11 @@ func mutate(seeded, workers int, list bool, only, write string) error {
 	}
 	chosen := slices.Clone(all)
 	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(chosen), func(i, j int) { chosen[i], chosen[j] = chosen[j], chosen[i] })
-	chosen = slices.DeleteFunc(chosen, func(m mutant) bool { return !strings.Contains(m.id(), only) })
+	names, err := os.ReadFile(only)
+	lines := strings.Split(string(names), "\n")
+	chosen = slices.DeleteFunc(chosen, func(m mutant) bool {
+		return err == nil && !slices.Contains(lines, m.id()) || err != nil && !strings.Contains(m.id(), only)
+	})
 	if seeded > 0 {
 		chosen = chosen[:min(seeded, len(chosen))]
 	}
