@@ -30,7 +30,7 @@ func BenchmarkFirstPacket(b *testing.B) {
 		{"rules=none", func(*testing.B, *benchWorld) {}},
 		{"rules=conntrack", func(b *testing.B, _ *benchWorld) {
 			b.Helper()
-			load(b, "table inet ct { chain forward { type filter hook forward priority -10; ct state established,related accept; }\n }")
+			load(b, "table inet tracking { chain forward { type filter hook forward priority -10; ct state established,related accept; }\n }")
 		}},
 		{"rules=nftcni/policies=1", func(b *testing.B, w *benchWorld) { b.Helper(); w.ours(b, 1) }},
 		{"rules=nftcni/policies=10", func(b *testing.B, w *benchWorld) { b.Helper(); w.ours(b, 10) }},
