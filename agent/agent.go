@@ -53,6 +53,11 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer held.Close()
+	alone, err := lockTable()
+	if err != nil {
+		return err
+	}
+	defer alone.Close()
 	opts := nft.Options{Owner: *o.Config.OwnTable, Socket: o.TableSocket, Log: o.Log}
 	table, err := nft.Open(ctx, opts)
 	if err != nil {

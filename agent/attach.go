@@ -7,7 +7,10 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
+
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/nftcni/nftcni/cni"
 	"github.com/nftcni/nftcni/nft"
@@ -42,6 +45,9 @@ func (l *loop) attach(ctx context.Context, a cni.Attachment) (cni.AttachResponse
 	began := time.Now()
 	if err := checkAttachment(a); err != nil {
 		return cni.AttachResponse{}, &cni.Error{Code: codeInvalidRequest, Message: err.Error()}
+	}
+	if err := checkLabels(a.Labels); err != nil {
+		return cni.AttachResponse{}, &cni.Error{Code: codeInvalidConfig, Message: err.Error()}
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(l.cfg.PodWait)+5*time.Second)
 	defer cancel()
@@ -80,6 +86,22 @@ func checkAttachment(a cni.Attachment) error {
 	for i, addr := range a.Addresses {
 		if !usable(addr) || slices.Contains(a.Addresses[:i], addr) {
 			return fmt.Errorf("attach %s: %s cannot be a pod's address, or stands twice", a.HostInterface, addr)
+		}
+	}
+	return nil
+}
+
+// maxLabels bounds what one network configuration may say of a pod.
+const maxLabels = 256
+
+// checkLabels holds args.cni.labels to what the API server takes as labels.
+func checkLabels(labels map[string]string) error {
+	if len(labels) > maxLabels {
+		return fmt.Errorf("args.cni.labels: %d labels, want at most %d", len(labels), maxLabels)
+	}
+	for k, v := range labels {
+		if why := slices.Concat(validation.IsQualifiedName(k), validation.IsValidLabelValue(v)); len(why) > 0 {
+			return fmt.Errorf("args.cni.labels: %q: %q: %s", k, v, strings.Join(why, "; "))
 		}
 	}
 	return nil

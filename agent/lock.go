@@ -3,6 +3,8 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -50,4 +52,18 @@ func lock(runDir string) (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("write %s: %w", path, err), f.Close())
 	}
 	return f, nil
+}
+
+// lockTable makes sure that one agent at a time writes the table of this network
+// namespace, whatever its run directory: names of abstract unix sockets belong to a
+// network namespace (unix(7)), and the kernel frees one with its process.
+func lockTable() (io.Closer, error) {
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: "@nftcni-table", Net: "unix"})
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, errors.New("another agent keeps the table of this network namespace: stop it first (two run directories do not make two tables)")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock the table: %w", err)
+	}
+	return ln, nil
 }

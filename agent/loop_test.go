@@ -306,3 +306,17 @@ func TestFinishedPodIsClosed(t *testing.T) {
 		}
 	})
 }
+
+func TestCheckLabels(t *testing.T) {
+	for _, tt := range []struct {
+		name, key, value string
+		ok               bool
+	}{
+		{"plain", "app", "web", true}, {"prefixed", "example.com/app", "", true},
+		{"two slashes", "app/b/c", "x", false}, {"blank", "app", "z z", false}, {"NUL", "app", "a\x00b", false},
+	} {
+		if err := checkLabels(map[string]string{tt.key: tt.value}); (err == nil) != tt.ok {
+			t.Errorf("%s: checkLabels(%q: %q) = %v, want ok %v", tt.name, tt.key, tt.value, err, tt.ok)
+		}
+	}
+}
