@@ -22,6 +22,7 @@ const (
 	codeUnknownContainer uint = 3  // container unknown or does not exist
 	codeInvalidRequest   uint = 4  // invalid necessary environment variables
 	codeDecode           uint = 6  // failed to decode content
+	codeInvalidConfig    uint = 7  // invalid network configuration
 	codeTryAgain         uint = 11 // try again later
 	codeInternal         uint = 999
 )
