@@ -94,6 +94,9 @@ func (f *follower) follow(d policy.Delta) error {
 		}
 		states = append(states, maps.Clone(f.tables))
 	}
+	if d.Pause >= len(d.Steps) && d.Pause > 0 {
+		return fmt.Errorf("a grace period before step %d of %d", d.Pause, len(d.Steps))
+	}
 	if err := f.flowsBetween(d, states, now); err != nil {
 		return err
 	}

@@ -279,15 +279,34 @@ func TestSplitOfHalfThePods(t *testing.T) {
 	c := s.Cluster()
 	for i := range c.Pods {
 		c.Pods[i].Node = policytest.Node(1 + i%2)
-		c.Pods[i].Labels = policy.MakeLabels(map[string]string{"app": fmt.Sprint("app", i%2)})
+		c.Pods[i].Labels = policy.MakeLabels(map[string]string{"app": fmt.Sprint("app", i%4)})
 	}
 	c.Pods[0].Node = policytest.Node(0)
 	c.Policies = []policy.Policy{networkPolicy(c.Pods[0].Namespace, "all", policy.Selector{}, policy.Ingress, policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{}}}})}
 	if err := f.follow(f.e.Replace(c)); err != nil {
 		t.Fatal(err)
 	}
+	for _, op := range []policy.Operator{policy.In, policy.NotIn} { // the quarter of app0 moves, then that of app1
+		p := networkPolicy(c.Pods[0].Namespace, fmt.Sprint("quarter", op), policy.Selector{}, policy.Ingress, policy.Rule{Peers: []policy.Peer{{
+			Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Op: op, Values: []string{fmt.Sprint("app", op)}}}}},
+		}}})
+		d := f.e.Apply(policy.Event{Policy: &p})
+		if n := opsOf(d); n > 10100 {
+			t.Errorf("%d ops for a quarter of 20,000 pods (%v), want a delete and an add for each of 5,000", n, op)
+		}
+		if err := f.follow(d); err != nil {
+			t.Fatal(err)
+		}
+		d = f.e.Apply(policy.Event{Policy: &p, Delete: true})
+		if err := f.follow(d); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.follow(f.e.Tidy()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	half := networkPolicy(c.Pods[0].Namespace, "half", policy.Selector{}, policy.Egress, policy.Rule{Peers: []policy.Peer{{
-		Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{"app0"}}}}},
+		Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{"app0", "app2"}}}}},
 	}}})
 	d := f.e.Apply(policy.Event{Policy: &half})
 	for i, step := range d.Steps {
@@ -340,5 +359,26 @@ func TestManyBlocksInSteps(t *testing.T) {
 	}
 	if err := f.compare(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestReusedAddressRevokes: what a pod was allowed must be judged again when its address
+// is another's, be it of the same name.
+func TestReusedAddressRevokes(t *testing.T) {
+	s := policytest.Shape{Pods: 4, Namespaces: 1, Local: 1}
+	was := s.Pod(3)
+	for name, change := range map[string]func(p *policy.Pod){
+		"another UID":  func(p *policy.Pod) { p.UID = "another" },
+		"another name": func(p *policy.Pod) { p.Name.Name = "another" },
+	} {
+		e := policy.NewEngine("here")
+		c := s.Cluster()
+		c.Policies = []policy.Policy{networkPolicy("ns0", "all", policy.Selector{}, policy.Ingress, policy.Rule{})}
+		e.Replace(c)
+		is := was
+		change(&is)
+		if d := e.Apply(policy.Event{Pod: &was, Delete: is.Name != was.Name}, policy.Event{Pod: &is}); !d.Revokes {
+			t.Errorf("%s: the delta does not revoke", name)
+		}
 	}
 }
