@@ -382,3 +382,27 @@ func TestReusedAddressRevokes(t *testing.T) {
 		}
 	}
 }
+
+// TestNamesOfOneNumber: two pods whose port 80 has two names are not the same to egress
+// rules that use one of the names.
+func TestNamesOfOneNumber(t *testing.T) {
+	s := policytest.Shape{Pods: 4, Namespaces: 1, Local: 2}
+	c := s.Cluster()
+	c.Pods[2].Ports = []policy.NamedPort{{Name: "http", Protocol: policy.TCP, Port: 80}}
+	c.Pods[3].Ports = []policy.NamedPort{{Name: "dns", Protocol: policy.TCP, Port: 80}}
+	for i, name := range []string{"http", "dns"} {
+		subject := policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{fmt.Sprint("app", i)}}}}
+		c.Policies = append(c.Policies, networkPolicy("ns0", name, subject, policy.Egress, policy.Rule{
+			Peers: []policy.Peer{{Pods: &policy.PodSelector{Namespace: "ns0"}}}, Ports: []policy.PortMatch{{Protocol: policy.TCP, Name: name}},
+		}))
+	}
+	lookup := policy.Compile(c, "here").Tables.Index()
+	for from := range 2 {
+		for to := 2; to < 4; to++ {
+			f := policy.Flow{Src: c.Pods[from].Addrs[0], Dst: c.Pods[to].Addrs[0], Protocol: policy.TCP, Port: 80}
+			if got, want := policy.DecideWith(lookup, f).Allowed, policy.Evaluate(c, "here", f).Allowed; got != want || want != (to == from+2) {
+				t.Errorf("pod %d to pod %d: tables %v, oracle %v", from, to, got, want)
+			}
+		}
+	}
+}
