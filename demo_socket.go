@@ -55,7 +55,8 @@ func (s *probeSocket) open() error {
 }
 
 // send sends the request of a protocol without connections. What the node's own
-// firewall refuses at once (EPERM) is as silent as what is lost later.
+// firewall refuses at once (EPERM) is as silent as what is lost later, and so is what a
+// full queue refuses (ENOBUFS): it is sent once more.
 func (s *probeSocket) send() error {
 	var request []byte
 	switch s.service.protocol {
@@ -66,7 +67,8 @@ func (s *probeSocket) send() error {
 	default:
 		return nil
 	}
-	if _, err := unix.Write(s.fd, request); err != nil && !errors.Is(err, unix.EPERM) {
+	_, err := unix.Write(s.fd, request)
+	if err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.ENOBUFS) {
 		return fmt.Errorf("send: %w", err)
 	}
 	return nil
