@@ -32,7 +32,14 @@ func TestKernelProbePath(t *testing.T) {
 				if p.Peer != "n3" {
 					continue
 				}
-				got, err := ProbePath(t.Context(), int(l.nodes[0].fd), p.Address, p.LinkMTU)
+				var got PathProbe
+				var err error
+				for range 20 { // a busy machine may be late with every answer, so a result may be too low, never too high
+					got, err = ProbePath(t.Context(), int(l.nodes[0].fd), p.Address, p.LinkMTU)
+					if err != nil || got.Carries >= tt.want {
+						break
+					}
+				}
 				if err != nil || got.Carries != tt.want || got.TooSmall() != tt.small {
 					t.Errorf("%+v, too small %t, %v; want %d", got, got.TooSmall(), err, tt.want)
 				}

@@ -123,6 +123,7 @@ func (e *echo) protocol() int {
 
 // answered sends an IP packet of size bytes up to three times and waits for the reply.
 func (e *echo) answered(ctx context.Context, size int) (bool, error) {
+	first := e.seq + 1
 	for range probeTries {
 		if err := ctx.Err(); err != nil {
 			return false, err
@@ -137,7 +138,7 @@ func (e *echo) answered(ctx context.Context, size int) (bool, error) {
 		case err != nil:
 			return false, err
 		}
-		if e.reply(time.Now().Add(probeWait)) {
+		if e.reply(first, time.Now().Add(probeWait)) {
 			return true, nil
 		}
 	}
@@ -160,9 +161,10 @@ func (e *echo) request(size int) []byte {
 	return b
 }
 
-// reply reads until the answer to the last request is there or the deadline has passed. Errors of
+// reply reads until an answer to a request since first is there or the deadline has passed: a late
+// answer proves as much as one in time. Errors of
 // the socket are ICMP errors about a packet, and tell no more than silence does.
-func (e *echo) reply(deadline time.Time) bool {
+func (e *echo) reply(first uint16, deadline time.Time) bool {
 	buf := make([]byte, 1<<16)
 	for time.Now().Before(deadline) {
 		n, err := unix.Read(e.fd, buf)
@@ -177,7 +179,7 @@ func (e *echo) reply(deadline time.Time) bool {
 			}
 			b = b[int(b[0]&15)*4:]
 		}
-		if len(b) >= 8 && b[0] == kind && binary.BigEndian.Uint16(b[4:]) == e.id && binary.BigEndian.Uint16(b[6:]) == e.seq {
+		if len(b) >= 8 && b[0] == kind && binary.BigEndian.Uint16(b[4:]) == e.id && binary.BigEndian.Uint16(b[6:])-first <= e.seq-first {
 			return true
 		}
 	}

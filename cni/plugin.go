@@ -179,6 +179,9 @@ func (c *call) checkEnv() error {
 			return badEnv("%s: %v", v.name, err)
 		}
 	}
+	if c.ifname == "lo" && c.command != "DEL" {
+		return badEnv("CNI_IFNAME: lo is the loopback of every namespace; use another name, such as eth0")
+	}
 	if c.netns == "" && c.command != "DEL" {
 		return badEnv("CNI_NETNS: is missing; it is the path of the container's network namespace")
 	}

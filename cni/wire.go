@@ -155,7 +155,12 @@ func (w *wire) setUpPod(routes []netip.Prefix, sysctls []setting) error {
 		}
 	}
 	for _, r := range w.podRoutes(routes) {
-		if err := w.pod.RouteAdd(&r); err != nil {
+		err := w.pod.RouteAdd(&r)
+		if errors.Is(err, fs.ErrExist) {
+			return wrong("ipam.routes: the pod has a route %s already, of another interface than %s: "+
+				"give the second network ipam.routes of its own, such as [{\"dst\": \"198.51.100.0/24\"}]", r.Dst, w.name)
+		}
+		if err != nil {
 			return fmt.Errorf("add route %s in the pod: %w", r.Dst, err)
 		}
 	}
