@@ -272,15 +272,19 @@ func TestKernelWireGuardRotates(t *testing.T) {
 // stream sends datagrams from every pod to every other at a steady pace until stop, which counts
 // those that did not arrive.
 func (l *lab) stream() (stop func() (sent, lost int)) {
-	var conns []net.PacketConn
+	var conns []net.PacketConn // two a node: IPv4, IPv6
 	var received atomic.Int64
 	var receivers sync.WaitGroup
+	// One socket a family: whether package net makes sockets for both depends on the network namespace
+	// it first looked at.
 	for _, n := range l.nodes {
-		n.pod.do(func() error {
-			c, err := net.ListenPacket("udp", ":9")
-			conns = append(conns, c)
-			return err
-		})
+		for _, network := range []string{"udp4", "udp6"} {
+			n.pod.do(func() error {
+				c, err := net.ListenPacket(network, ":9")
+				conns = append(conns, c)
+				return err
+			})
+		}
 	}
 	for _, c := range conns {
 		receivers.Go(func() {
@@ -325,11 +329,15 @@ func (l *lab) stream() (stop func() (sent, lost int)) {
 // burst sends one datagram from every pod to every address of every other, and counts those the
 // kernel took.
 func (l *lab) burst(conns []net.PacketConn) (sent int) {
-	for i, c := range conns {
+	for i := range l.nodes {
 		for j, to := range l.nodes {
 			for _, addr := range to.pods {
 				if i == j {
 					continue
+				}
+				c := conns[2*i]
+				if addr.Is6() {
+					c = conns[2*i+1]
 				}
 				if _, err := c.WriteTo([]byte("x"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, 9))); err != nil {
 					l.t.Errorf("send to %s: %v", addr, err)
