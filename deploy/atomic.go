@@ -61,6 +61,23 @@ func replaceLink(path, target string) (changed bool, err error) {
 	return true, nil
 }
 
+// sweep removes the temporary files of an install that was killed. The binary's alone has tens of
+// megabytes, and nothing else would ever take them away.
+func (l Layout) sweep(more ...string) error {
+	for _, path := range append(append(l.files(), l.Config(), l.Conflist(), l.record(), l.proxied()), more...) {
+		left, err := filepath.Glob(filepath.Join(l.in(filepath.Dir(path)), "."+filepath.Base(path)+".*.tmp"))
+		if err != nil {
+			return fmt.Errorf("look for temporary files: %w", err)
+		}
+		for _, name := range left {
+			if _, err := remove(name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // remove deletes path, a file or a link, and reports whether it was there.
 func remove(path string) (bool, error) {
 	err := os.Remove(path)

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -139,24 +140,56 @@ func describe(path string) string {
 	return fmt.Sprintf("network %q, plugins %s", list.Name, strings.Join(list.types(), ", "))
 }
 
-// disable moves a configuration aside. One that was moved aside before is replaced: its
-// owner has written this newer one since.
+// SupersededSuffix is appended to a configuration of others that was moved aside and that
+// its owner has written anew since, differently: nothing of others is deleted.
+const SupersededSuffix = ".nftcni-superseded"
+
+// disable moves a configuration aside.
 func disable(path string) error {
+	if _, err := supersede(path+DisabledSuffix, path); err != nil {
+		return err
+	}
 	if err := os.Rename(path, path+DisabledSuffix); err != nil {
 		return fmt.Errorf("move aside: %w", err)
 	}
 	return nil
 }
 
-// enable puts a configuration back, unless its owner wrote a new one meanwhile.
-func enable(path string) (restored bool, err error) {
+// enable puts a configuration back, unless its owner wrote a new one meanwhile: then it is
+// kept under another name, or removed if it is the same.
+func enable(path string) (restored bool, kept string, err error) {
 	original := strings.TrimSuffix(path, DisabledSuffix)
 	if _, err := os.Lstat(original); !errors.Is(err, fs.ErrNotExist) {
-		_, err := remove(path)
-		return false, err
+		kept, err := supersede(path, original)
+		return false, kept, err
 	}
 	if err := os.Rename(path, original); err != nil {
-		return false, fmt.Errorf("put back: %w", err)
+		return false, "", fmt.Errorf("put back: %w", err)
 	}
-	return true, nil
+	return true, "", nil
+}
+
+// supersede makes room at older, if it is there: it is removed where newer holds the same,
+// and gets the first free name with SupersededSuffix otherwise.
+func supersede(older, newer string) (kept string, err error) {
+	if _, err := os.Lstat(older); errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	old, err := os.ReadFile(older)
+	if now, newErr := os.ReadFile(newer); err == nil && newErr == nil && bytes.Equal(old, now) {
+		_, err := remove(older)
+		return "", err
+	}
+	base := strings.TrimSuffix(older, DisabledSuffix) + SupersededSuffix
+	kept = base
+	for n := 1; ; n++ {
+		if _, err := os.Lstat(kept); errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		kept = fmt.Sprintf("%s.%d", base, n)
+	}
+	if err := os.Rename(older, kept); err != nil {
+		return "", fmt.Errorf("keep what was moved aside: %w", err)
+	}
+	return kept, nil
 }

@@ -62,6 +62,9 @@ func Install(o Options) ([]Step, error) {
 	if o.Prefix != "" && !prefixForm.MatchString(o.Prefix) {
 		return nil, fmt.Errorf("--cni-conf-prefix is %q: it takes two digits and a dash, such as 00- or 10-", o.Prefix)
 	}
+	if err := o.sweep(); err != nil {
+		return nil, err
+	}
 	in := &installer{Layout: o.Layout}
 	in.binary(o.Executable)
 	if o.FilesOnly {

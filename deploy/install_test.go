@@ -138,7 +138,10 @@ func TestOwnerRewritesDisabled(t *testing.T) {
 	if _, err := Uninstall(l); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]string{"/etc/cni/net.d/10-flannel.conflist": flannelList + "\n"}
+	want := map[string]string{
+		"/etc/cni/net.d/10-flannel.conflist":                   flannelList + "\n",
+		"/etc/cni/net.d/10-flannel.conflist.nftcni-superseded": flannelList,
+	}
 	if d := cmp.Diff(want, tree(t, l.Root)); d != "" {
 		t.Errorf("files after uninstall (-want +got):\n%s", d)
 	}

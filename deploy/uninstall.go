@@ -35,6 +35,9 @@ func Uninstall(l Layout) ([]Step, error) {
 	if err := l.Validate(); err != nil {
 		return nil, err
 	}
+	if err := l.sweep(filepath.Join(l.ConfDir, "??-"+conflistName)); err != nil {
+		return nil, err
+	}
 	var steps []Step
 	for _, path := range ownConflists(l.in(l.ConfDir)) {
 		if _, err := remove(path); err != nil {
@@ -43,11 +46,11 @@ func Uninstall(l Layout) ([]Step, error) {
 		steps = append(steps, Step{"removed", filepath.Join(l.ConfDir, filepath.Base(path)), ""})
 	}
 	for _, path := range disabledConflists(l.in(l.ConfDir)) {
-		restored, err := enable(path)
+		restored, kept, err := enable(path)
 		if err != nil {
 			return steps, err
 		}
-		steps = append(steps, restoredStep(l, path, restored))
+		steps = append(steps, restoredStep(l, path, restored, kept))
 	}
 	for _, path := range l.files() {
 		gone, err := remove(l.in(path))
@@ -70,12 +73,15 @@ func Uninstall(l Layout) ([]Step, error) {
 	return steps, nil
 }
 
-func restoredStep(l Layout, path string, restored bool) Step {
+func restoredStep(l Layout, path string, restored bool, kept string) Step {
 	original := filepath.Join(l.ConfDir, filepath.Base(path[:len(path)-len(DisabledSuffix)]))
 	if restored {
 		return Step{"put back", original, ""}
 	}
-	return Step{"removed", original + DisabledSuffix, "its owner has written a new " + filepath.Base(original)}
+	if kept != "" {
+		return Step{"kept", filepath.Join(l.ConfDir, filepath.Base(kept)), "its owner has written a new " + filepath.Base(original)}
+	}
+	return Step{"removed", original + DisabledSuffix, "its owner has written " + filepath.Base(original) + " again, the same"}
 }
 
 // removeTree empties a directory and removes it; a directory that is a mount point stays,
