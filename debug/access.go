@@ -2,6 +2,7 @@ package debug
 
 import (
 	"fmt"
+	"iter"
 	"maps"
 	"math/big"
 	"net/netip"
@@ -65,11 +66,14 @@ type access struct {
 	list   []workload
 	spans  []probeSpan
 	lookup policy.LookupFunc
-	ends   [][]accessEnd     // of each workload's addresses
-	others map[uint32]uint32 // class of a profile's other identities; 0: none
-	memo   map[accessKey]*spanSet
-	all    *spanSet
-	texts  map[[4]*spanSet]string // by the two directions of the one or two families
+	ends   [][]accessEnd // of each workload's addresses
+	// classes holds the access classes by profile<<32 | identity, and others those of a
+	// profile's other identities: a quarter of a million pairs ask, and numbers hash fast.
+	classes map[uint64]uint32
+	others  map[uint32]uint32
+	memo    map[uint64]*spanSet // by class<<1, and 1 for IPv6
+	all     *spanSet
+	texts   map[[4]*spanSet]string // by the two directions of the one or two families
 }
 
 // accessEnd is what the tables know of one address: as a pod, and as a peer.
@@ -81,11 +85,6 @@ type accessEnd struct {
 
 // spanSet is a set of spans, as bits. Equal access classes share one.
 type spanSet struct{ big.Int }
-
-type accessKey struct {
-	class uint32
-	six   bool
-}
 
 // newAccess compiles c reduced to one pod a workload. cuts are those of spans, of a
 // cluster or of two that are to be compared.
@@ -102,8 +101,17 @@ func newAccess(c *policy.Cluster, list []workload, cuts []probeSpan) *access {
 			reduced.Pods = append(reduced.Pods, p)
 		}
 	}
-	a := &access{list: list, spans: cuts, lookup: policy.Compile(reduced, node).Tables.Index(), all: &spanSet{},
-		others: map[uint32]uint32{}, memo: map[accessKey]*spanSet{}, texts: map[[4]*spanSet]string{}}
+	tables := policy.Compile(reduced, node).Tables
+	a := &access{list: list, spans: cuts, lookup: tables.Index(), all: &spanSet{}, classes: map[uint64]uint32{},
+		others: map[uint32]uint32{}, memo: map[uint64]*spanSet{}, texts: map[[4]*spanSet]string{}}
+	for k, class := range tables {
+		switch k.Map {
+		case policy.Access:
+			a.classes[uint64(k.X)<<32|uint64(k.Y)] = class
+		case policy.AccessOthers:
+			a.others[k.X] = class
+		}
+	}
 	for i := range cuts {
 		a.all.SetBit(&a.all.Int, i, 1)
 	}
@@ -159,14 +167,14 @@ func (a *access) allowed(profile, identity uint32, six bool) *spanSet {
 	if profile == 0 {
 		return a.all
 	}
-	class, ok := a.lookup(policy.Key{Map: policy.Access, X: profile, Y: identity})
+	class, ok := a.classes[uint64(profile)<<32|uint64(identity)]
 	if !ok {
-		if class, ok = a.others[profile]; !ok {
-			class, _ = a.lookup(policy.Key{Map: policy.AccessOthers, X: profile})
-			a.others[profile] = class
-		}
+		class = a.others[profile] // 0: none
 	}
-	key := accessKey{class, six}
+	key := uint64(class) << 1
+	if six {
+		key |= 1
+	}
 	set := a.memo[key]
 	if set == nil {
 		set = &spanSet{}
@@ -268,16 +276,27 @@ type pair struct {
 // pairs lists every pair of different ends of which one is pods.
 func (a *access) pairs() []pair {
 	out := make([]pair, 0, len(a.list)*len(a.list))
-	for i := range a.list {
-		for j := range a.list {
-			src, dst := &a.list[i], &a.list[j]
-			if !src.isPods && !dst.isPods || i == j && len(src.pods) < 2 {
-				continue
-			}
-			if text, restricted := a.services(i, j); text != "" {
-				out = append(out, pair{src.name, dst.name, text, restricted, i, j})
-			}
+	for i, j := range a.indices() {
+		if text, restricted := a.services(i, j); text != "" {
+			out = append(out, pair{a.list[i].name, a.list[j].name, text, restricted, i, j})
 		}
 	}
 	return out
+}
+
+// indices are what pairs asks about.
+func (a *access) indices() iter.Seq2[int, int] {
+	return func(yield func(int, int) bool) {
+		for i := range a.list {
+			for j := range a.list {
+				src, dst := &a.list[i], &a.list[j]
+				if !src.isPods && !dst.isPods || i == j && len(src.pods) < 2 {
+					continue
+				}
+				if !yield(i, j) {
+					return
+				}
+			}
+		}
+	}
 }

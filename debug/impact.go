@@ -153,10 +153,10 @@ func accessChanges(before, after *policy.Cluster) []AccessChange {
 	list, cuts := workloads(both), spans(both)
 	old, now := newAccess(before, list, cuts), newAccess(after, list, cuts)
 	out := []AccessChange{}
-	was := old.pairs()
-	for i, p := range now.pairs() {
-		if was[i].Services != p.Services {
-			out = append(out, AccessChange{p.Src, p.Dst, was[i].Services, p.Services})
+	for i, j := range now.indices() {
+		was, _ := old.services(i, j)
+		if is, _ := now.services(i, j); is != was {
+			out = append(out, AccessChange{list[i].name, list[j].name, was, is})
 		}
 	}
 	return out

@@ -1,6 +1,7 @@
 package debug
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"strconv"
@@ -106,25 +107,24 @@ func (p picture) matrix(w io.Writer) error {
 	for i := range p.Workloads {
 		t.header = append(t.header, strconv.Itoa(i+1))
 	}
-	cells := map[[2]int]string{}
+	cells := make([]string, len(p.Workloads)*len(p.Workloads))
 	legend, order := map[string]string{"all": "+", "none": "-"}, []string{}
 	for _, e := range p.Pairs {
-		if legend[e.Services] == "" {
-			legend[e.Services] = letter(len(order))
+		sign := legend[e.Services]
+		if sign == "" {
+			sign = letter(len(order))
+			legend[e.Services] = sign
 			order = append(order, e.Services)
 		}
-		cells[[2]int{e.from, e.to}] = legend[e.Services]
+		cells[e.from*len(p.Workloads)+e.to] = sign
 	}
 	for i, end := range p.Workloads {
-		row := []string{strconv.Itoa(i + 1), endLabel(end)}
-		for j := range p.Workloads {
-			cell := cells[[2]int{i, j}]
-			if cell == "" {
-				cell = "."
-			}
-			row = append(row, cell)
+		row := make([]string, 0, len(t.header))
+		row = append(row, strconv.Itoa(i+1), endLabel(end))
+		for _, cell := range cells[i*len(p.Workloads):][:len(p.Workloads)] {
+			row = append(row, cmp.Or(cell, "."))
 		}
-		t.add(row...)
+		t.rows = append(t.rows, row)
 	}
 	if err := t.write(w); err != nil {
 		return err

@@ -1,6 +1,8 @@
 package debug
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -31,16 +33,21 @@ func (t *table) write(w io.Writer) error {
 			width[i] = max(width[i], utf8.RuneCountInString(c))
 		}
 	}
+	var line []byte
+	out := bufio.NewWriter(w)
 	for _, row := range all {
-		var b strings.Builder
+		line = line[:0]
 		for i, c := range row {
-			b.WriteString(c + strings.Repeat(" ", width[i]-utf8.RuneCountInString(c)+2))
+			line = append(line, c...)
+			for range width[i] - utf8.RuneCountInString(c) + 2 {
+				line = append(line, ' ')
+			}
 		}
-		if _, err := fmt.Fprintln(w, strings.TrimRight(b.String(), " ")); err != nil {
+		if _, err := out.Write(append(bytes.TrimRight(line, " "), '\n')); err != nil {
 			return err
 		}
 	}
-	return nil
+	return out.Flush()
 }
 
 // print writes v in the format asked for; asTable prints the table form.

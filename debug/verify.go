@@ -57,7 +57,7 @@ func (s *session) verifyCommand() *cobra.Command {
 			return nil
 		},
 	}
-	cmd.Flags().IntVar(&flows, "flows", 0, "how many random flows; 0: as many as a tenth of a second takes")
+	cmd.Flags().IntVar(&flows, "flows", 0, "how many random flows; 0: as many as 50 ms take")
 	cmd.Flags().Uint64Var(&seed, "seed", 0, "of the random flows, to repeat a run; 0: a new one")
 	return cmd
 }
@@ -90,7 +90,7 @@ func (s *session) verify(ctx context.Context, flows int, seed uint64, notice fun
 const maxWrong = 20
 
 // probeBudget bounds the probes whose number was not given.
-const probeBudget = 100 * time.Millisecond
+const probeBudget = 50 * time.Millisecond
 
 // probe asks the oracle and the tables about random flows of which one end is local.
 func (v *Verification) probe(snap agent.Snapshot, tables policy.Tables, flows int, rnd *rand.Rand) {
