@@ -218,3 +218,27 @@ func TestOwnerWritesAgain(t *testing.T) {
 		t.Errorf("Residue = %v", left)
 	}
 }
+
+// TestOtherNetworks reads the same whether they are in place or aside.
+func TestOtherNetworks(t *testing.T) {
+	for name, want := range map[string]OtherNetwork{
+		"flannel":             {Name: "cbr0", Plugin: "flannel", Bridge: "cni0"},
+		"Calico":              {Name: "k8s-pod-network", Plugin: "calico", IPAM: "calico-ipam"},
+		"bridge as .conf":     {Name: "mynet", Plugin: "bridge", Bridge: "br7", IPAM: "host-local"},
+		"bridge as .conflist": {Name: "containerd-net", Plugin: "bridge", Bridge: "cni0", IPAM: "host-local"},
+		"ptp as .json":        {Name: "ptp", Plugin: "ptp", IPAM: "host-local"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := node(t, others()[name])
+			for range 2 {
+				if d := cmp.Diff([]OtherNetwork{want}, l.OtherNetworks()); d != "" {
+					t.Errorf("networks (-want +got):\n%s", d)
+				}
+				installInto(t, l, nil)
+			}
+		})
+	}
+	if got := node(t, others()["not JSON"]).OtherNetworks(); len(got) != 0 {
+		t.Errorf("a file that is not JSON holds %v", got)
+	}
+}
