@@ -196,7 +196,7 @@ func reportUnseenAddresses(out io.Writer, networks []deploy.OtherNetwork) {
 			continue
 		}
 		from := strings.TrimSpace(n.IPAM + " " + n.DataDir)
-		fmt.Fprintf(out, "%-12s addresses of network %s come from %s, where nftcni cannot see them: if its range overlaps this node's, name them in ipam.exclude of nftcni.conflist\n",
+		fmt.Fprintf(out, "%-12s addresses of network %s come from %s, where nftcni cannot see them: if its range overlaps this node's, name them in ipam.excludes of nftcni.conflist\n",
 			"note", n.Name, from)
 	}
 }

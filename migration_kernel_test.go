@@ -42,6 +42,9 @@ type migratingNode struct {
 func newMigratingNode(t *testing.T) *migratingNode {
 	t.Helper()
 	for _, dir := range []string{"/etc", "/opt", "/usr/local/bin", "/var/lib"} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
 		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"); err != nil {
 			t.Fatalf("mount a tmpfs on %s: %v", dir, err)
 		}
