@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -69,10 +70,18 @@ func (s *session) parts() []part {
 	}
 	return []part{
 		asked("status.json", agent.PathStatus, &agent.Status{}),
-		asked("pods.json", agent.PathPods, &[]agent.Pod{}),
-		asked("policies.json", agent.PathPolicies, &[]agent.Policy{}),
+		{"pods.json", func(ctx context.Context) (any, error) {
+			var list []agent.Pod
+			err := s.get(ctx, agent.PathPods+"?local=1", &list)
+			return podRows(list, false), err
+		}},
+		{"policies.json", func(ctx context.Context) (any, error) {
+			var list []agent.Policy
+			err := s.get(ctx, agent.PathPolicies, &list)
+			return policyRows(list), err
+		}},
 		asked("flows.json", agent.PathFlows, &agent.Flows{}),
-		{"snapshot.json", func(ctx context.Context) (any, error) { return s.snapshot(ctx, func(string) {}) }},
+		{"snapshot.json", func(ctx context.Context) (any, error) { return s.rawSnapshot(ctx) }},
 		{"doctor.json", func(ctx context.Context) (any, error) { return s.examine(ctx, "/etc/cni/net.d"), nil }},
 		{"leases.json", func(ctx context.Context) (any, error) { return s.leases(ctx) }},
 		{"attachments.json", func(context.Context) (any, error) {
@@ -91,6 +100,20 @@ func (s *session) parts() []part {
 		{"routes.json", func(context.Context) (any, error) { return routeRows() }},
 		{"system.json", func(context.Context) (any, error) { return systemRow() }},
 	}
+}
+
+// rawSnapshot is the snapshot as the agent says it, or the bytes of its file.
+func (s *session) rawSnapshot(ctx context.Context) (json.RawMessage, error) {
+	var raw json.RawMessage
+	err := s.get(ctx, agent.PathSnapshot, &raw)
+	if !errors.Is(err, errNoAgent) {
+		return raw, err
+	}
+	raw, fileErr := os.ReadFile(filepath.Join(s.runDir, agent.SnapshotName))
+	if fileErr != nil {
+		return nil, errors.Join(err, fileErr)
+	}
+	return raw, nil
 }
 
 func readTable(ctx context.Context, f func(*nft.Reader) (any, error)) (any, error) {
@@ -148,51 +171,83 @@ func systemRow() (any, error) {
 
 // bundle writes the archive and returns how many files are in it.
 func (s *session) bundle(ctx context.Context, to io.Writer) (int, error) {
-	z := gzip.NewWriter(to)
-	t := tar.NewWriter(z)
-	n := 0
-	for _, p := range s.parts() {
-		name, data := p.name, []byte(nil)
-		v, err := p.get(ctx)
-		if err == nil {
-			data, err = encodePart(v)
-		}
-		if err != nil {
-			name, data = p.name+".error", []byte(err.Error()+"\n")
-		}
-		data = withoutSecrets(data)
-		h := &tar.Header{Name: filepath.Join("nftcni-bundle", name), Mode: 0o600, Size: int64(len(data)), ModTime: time.Now()}
-		if err := t.WriteHeader(h); err != nil {
-			return n, err
-		}
-		if _, err := t.Write(data); err != nil {
-			return n, err
-		}
-		n++
+	z, err := gzip.NewWriterLevel(to, gzip.BestSpeed)
+	if err != nil {
+		return 0, err
 	}
-	return n, errors.Join(t.Close(), z.Close())
+	t := tar.NewWriter(z)
+	files := s.files(ctx)
+	for _, f := range files {
+		h := &tar.Header{Name: filepath.Join("nftcni-bundle", f.name), Mode: 0o600, Size: int64(len(f.data)), ModTime: time.Now()}
+		if err := t.WriteHeader(h); err != nil {
+			return 0, err
+		}
+		if _, err := t.Write(f.data); err != nil {
+			return 0, err
+		}
+	}
+	return len(files), errors.Join(t.Close(), z.Close())
+}
+
+// file is a part as it is written.
+type file struct {
+	name string
+	data []byte
+}
+
+// files gets all parts at the same time: most of them wait for the agent.
+func (s *session) files(ctx context.Context) []file {
+	parts := s.parts()
+	out := make([]file, len(parts))
+	var wg sync.WaitGroup
+	for i, p := range parts {
+		wg.Go(func() {
+			name, data := p.name, []byte(nil)
+			v, err := p.get(ctx)
+			if err == nil {
+				data, err = encodePart(v)
+			}
+			if err != nil {
+				name, data = p.name+".error", []byte(err.Error()+"\n")
+			}
+			out[i] = file{name, withoutSecrets(data)}
+		})
+	}
+	wg.Wait()
+	return out
 }
 
 func encodePart(v any) ([]byte, error) {
-	if text, ok := v.(string); ok {
-		return []byte(text), nil
+	switch v := v.(type) {
+	case string:
+		return []byte(v), nil
+	case json.RawMessage:
+		return v, nil
 	}
 	return json.MarshalIndent(v, "", "  ")
 }
 
 // secrets match the values of labels and messages that must not leave the node: words
 // for credentials followed by a value, bearer tokens, keys in PEM, WireGuard keys.
-var secrets = []*regexp.Regexp{
-	regexp.MustCompile(`(?i)("?[\w.\-/]*(?:password|passwd|secret|token|apikey|api-key|private-?key)[\w.\-]*"?\s*[:=]\s*"?)[^\s",}]+`),
-	regexp.MustCompile(`(?i)(bearer\s+)[\w.\-+/=]{8,}`),
-	regexp.MustCompile(`()-----BEGIN [A-Z ]*KEY-----[^-]*-----END [A-Z ]*KEY-----`),
-	regexp.MustCompile(`(\W)[A-Za-z0-9+/]{43}=`),
+// Each has the lower-case words of which one is in everything it matches: they are
+// looked for first, because the expressions take a second for 10,000 pods.
+var secrets = []struct {
+	words []string
+	*regexp.Regexp
+}{
+	{[]string{"password", "passwd", "secret", "token", "apikey", "api-key", "privatekey", "private-key"},
+		regexp.MustCompile(`(?i)("?[\w.\-/]*(?:password|passwd|secret|token|apikey|api-key|private-?key)[\w.\-]*"?\s*[:=]\s*"?)[^\s",}]+`)},
+	{[]string{"bearer"}, regexp.MustCompile(`(?i)(bearer\s+)[\w.\-+/=]{8,}`)},
+	{[]string{"-----begin"}, regexp.MustCompile(`()-----BEGIN [A-Z ]*KEY-----[^-]*-----END [A-Z ]*KEY-----`)},
+	{[]string{"="}, regexp.MustCompile(`(\W)[A-Za-z0-9+/]{43}=`)},
 }
 
 func withoutSecrets(b []byte) []byte {
-	b = slices.Clone(b)
-	for _, re := range secrets {
-		b = re.ReplaceAll(b, []byte("${1}REMOVED"))
+	lower := bytes.ToLower(b)
+	for _, secret := range secrets {
+		if slices.ContainsFunc(secret.words, func(w string) bool { return bytes.Contains(lower, []byte(w)) }) {
+			b = secret.ReplaceAll(b, []byte("${1}REMOVED"))
+		}
 	}
-	return bytes.TrimSpace(append(b, '\n'))
+	return bytes.TrimSpace(b)
 }
