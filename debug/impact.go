@@ -88,6 +88,7 @@ func (s *session) impactCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&fl.files, "filename", "f", "", "manifests to apply: a file or a directory")
 	cmd.Flags().StringArrayVar(&fl.deletes, "delete", nil, "an object to delete: policy/NAMESPACE/NAME (may be repeated)")
+	_ = cmd.RegisterFlagCompletionFunc("delete", s.completeDeleted)
 	cmd.Flags().BoolVar(&fl.ops, "ops", false, "list every element")
 	return cmd
 }

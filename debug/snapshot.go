@@ -73,14 +73,26 @@ func (s *session) completePolicies(cmd *cobra.Command, args []string, toComplete
 	if len(args) == 0 {
 		return []cobra.Completion{"policy"}, cobra.ShellCompDirectiveNoFileComp
 	}
+	if len(args) > 1 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return s.policyNames(cmd, "", toComplete)
+}
+
+// completeDeleted offers policy/namespace/name.
+func (s *session) completeDeleted(cmd *cobra.Command, _ []string, toComplete string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	return s.policyNames(cmd, "policy/", toComplete)
+}
+
+func (s *session) policyNames(cmd *cobra.Command, prefix, toComplete string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	snap, err := s.snapshot(cmd.Context(), func(string) {})
-	if err != nil || len(args) > 1 {
+	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
 	var out []cobra.Completion
 	for _, p := range snap.Cluster.Policies {
-		if strings.HasPrefix(p.ID.String(), toComplete) {
-			out = append(out, p.ID.String())
+		if name := prefix + p.ID.String(); strings.HasPrefix(name, toComplete) {
+			out = append(out, name)
 		}
 	}
 	return out, cobra.ShellCompDirectiveNoFileComp
