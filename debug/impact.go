@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/spf13/cobra"
 
@@ -121,7 +122,11 @@ func (fl impactFlags) change(c *policy.Cluster, notice func(string)) (*policy.Cl
 }
 
 func newImpact(ctx context.Context, snap agent.Snapshot, after *policy.Cluster) Impact {
-	im := Impact{Cut: []CutFlow{}, Changes: accessChanges(snap.Cluster, after), Elements: elementDelta(snap, after)}
+	im := Impact{Cut: []CutFlow{}}
+	var wg sync.WaitGroup // the two that take long at 10,000 pods; clusters are immutable
+	wg.Go(func() { im.Elements = elementDelta(snap, after) })
+	im.Changes = accessChanges(snap.Cluster, after)
+	wg.Wait()
 	live, err := liveFlows(ctx)
 	if err != nil {
 		im.Notes = append(im.Notes, err.Error())
