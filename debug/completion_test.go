@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -112,5 +113,26 @@ func TestHelp(t *testing.T) {
 				t.Errorf("%s: example %q, short %q", c.CommandPath(), c.Example, c.Short)
 			}
 		}
+	}
+}
+
+// Without the agent, pods come from its snapshot file.
+func TestPodsOfSnapshot(t *testing.T) {
+	dir := t.TempDir()
+	pod := func(name, node string) policy.Pod {
+		return policy.Pod{Name: policy.Name{Namespace: "shop", Name: name}, Node: node, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}}
+	}
+	b, err := json.Marshal(agent.Snapshot{Node: "n1", Cluster: &policy.Cluster{Pods: []policy.Pod{pod("web", "n1"), pod("far", "n2")}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, agent.SnapshotName), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := run(t, "debug", "pods", "--run-dir", dir); !strings.Contains(got, "web") || strings.Contains(got, "far") {
+		t.Errorf("want web alone:\n%s", got)
+	}
+	if got := run(t, "debug", "pods", "--all", "--run-dir", dir); !strings.Contains(got, "far") {
+		t.Errorf("want the pod of another node too:\n%s", got)
 	}
 }

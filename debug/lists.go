@@ -1,6 +1,7 @@
 package debug
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -34,12 +35,8 @@ func (s *session) podsCommand() *cobra.Command {
 		Example: "  nftcni debug pods\n  nftcni debug pods --all -o yaml",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var pods []agent.Pod
-			path := agent.PathPods
-			if !all {
-				path += "?local=1"
-			}
-			if err := s.get(cmd.Context(), path, &pods); err != nil {
+			pods, err := s.pods(cmd, all)
+			if err != nil {
 				return err
 			}
 			rows := podRows(pods, all)
@@ -48,6 +45,27 @@ func (s *session) podsCommand() *cobra.Command {
 	}
 	cmd.Flags().BoolVarP(&all, "all", "A", false, "pods of other nodes too")
 	return cmd
+}
+
+// pods are the agent's, or those of its snapshot file, which knows no interfaces.
+func (s *session) pods(cmd *cobra.Command, all bool) ([]agent.Pod, error) {
+	var pods []agent.Pod
+	path := agent.PathPods
+	if !all {
+		path += "?local=1"
+	}
+	err := s.get(cmd.Context(), path, &pods)
+	if !errors.Is(err, errNoAgent) {
+		return pods, err
+	}
+	snap, err := s.snapshot(cmd.Context(), noticeTo(cmd))
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range snap.Cluster.Pods {
+		pods = append(pods, agent.Pod{Pod: p, Local: p.Node == snap.Node})
+	}
+	return pods, nil
 }
 
 func podRows(pods []agent.Pod, all bool) []PodRow {
