@@ -157,6 +157,7 @@ func (s *server) ready(w http.ResponseWriter, r *http.Request) {
 	}
 	err := s.loop.do(r.Context(), func() {
 		out.Ready, out.Reason = s.loop.ready()
+		out.Limited = s.loop.broken != nil
 		out.PodCIDRs = s.loop.inv.ownPodCIDRs(s.cfg.PodCIDRs)
 	})
 	if err != nil {

@@ -63,8 +63,10 @@ type DetachRequest struct {
 
 // Ready is the agent's readiness for STATUS, and what ADD needs from the node.
 type Ready struct {
-	Ready    bool           `json:"ready"`
-	Reason   string         `json:"reason,omitempty"`   // when not ready: what is missing and the remedy
+	Ready  bool   `json:"ready"`
+	Reason string `json:"reason,omitempty"` // when not ready: what is missing and the remedy
+	// Limited: the kernel's table is not what it should be, so pods that run may be cut off.
+	Limited  bool           `json:"limited,omitempty"`
 	PodCIDRs []netip.Prefix `json:"podCIDRs,omitempty"` // this node's spec.podCIDRs, for IPAM without ranges
 	MTU      int            `json:"mtu,omitempty"`      // for pods, 0: unknown
 }

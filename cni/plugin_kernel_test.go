@@ -110,6 +110,7 @@ func TestKernelAgentSays(t *testing.T) {
 	}{
 		{name: "absent", prepare: func(n *node) { n.agent.stop() }, add: 11, status: 50, message: "start it"},
 		{name: "not ready", prepare: func(n *node) { n.agent.ready = Ready{Reason: "no table yet"} }, add: 11, status: 50, message: "no table yet"},
+		{name: "table broken", prepare: func(n *node) { n.agent.ready = Ready{Reason: "commit refused", Limited: true} }, add: 11, status: 51, message: "commit refused"},
 		{name: "refuses", prepare: func(n *node) { n.agent.refuse[PathAttach] = &Error{Code: 11, Message: "pod unknown"} }, add: 11, message: "pod unknown"},
 		{name: "broken", prepare: func(n *node) { n.agent.refuse[PathAttach] = &Error{Message: "kernel said no"} }, add: 999, message: "kernel said no"},
 	} {

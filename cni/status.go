@@ -6,8 +6,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 )
 
-// status says whether an ADD could succeed now: code 50 with the reason when it could not
-// (CNI specification 1.1.0, section 4, STATUS).
+// status says whether an ADD could succeed now: code 50 with the reason when it could not, code 51 when running pods may
+// be cut off too (CNI specification 1.1.0, section 4, STATUS).
 func (p *Plugin) status(ctx context.Context, c *call) error {
 	agent := NewClient(c.conf.RunDir)
 	ready, err := agent.Ready(ctx)
@@ -15,7 +15,11 @@ func (p *Plugin) status(ctx context.Context, c *call) error {
 		return types.NewError(types.ErrPluginNotAvailable, err.Error(), "")
 	}
 	if !ready.Ready {
-		return types.NewError(types.ErrPluginNotAvailable, "the nftcni agent is not ready: "+ready.Reason, "")
+		code := types.ErrPluginNotAvailable
+		if ready.Limited {
+			code = types.ErrLimitedConnectivity
+		}
+		return types.NewError(code, "the nftcni agent is not ready: "+ready.Reason, "")
 	}
 	if c.conf.delegated() {
 		if _, err := c.delegate().find(); err != nil {
