@@ -12,20 +12,13 @@ import (
 
 	"github.com/florianl/go-nflog/v2"
 	"github.com/mdlayher/netlink"
-	"github.com/ti-mo/conntrack"
-	"golang.org/x/net/bpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/nft"
 	"github.com/nftcni/nftcni/policy"
 )
 
-// watchedPerSecond is how many new connections a second are read one by one. Above it
-// the kernel is told to drop all but one in n of the events before they cost anything
-// here: reading all of 10,000 a second would be more than a twentieth of a core.
-const watchedPerSecond = 500
-
-// flowWatch fills the ring: denials from nflog, allowed connections from conntrack.
+// flowWatch fills the ring: denials from nflog, allowed connections from conntrack
+// (flows_conntrack.go).
 type flowWatch struct {
 	log   *flowLog
 	names *namer
@@ -101,96 +94,4 @@ func packetFlow(b []byte) (f policy.Flow, srcPort uint16) {
 		}
 	}
 	return f, srcPort
-}
-
-// connections follows conntrack's events of new connections until ctx ends: an entry is
-// made when the first packet has passed every hook, so these are the allowed ones.
-func (w *flowWatch) connections(ctx context.Context) error {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: 1 << (unix.NFNLGRP_CONNTRACK_NEW - 1)})
-	if err != nil {
-		return fmt.Errorf("listen to conntrack: %w", err)
-	}
-	defer func() { _ = c.Close() }()
-	_ = c.SetReadBuffer(4 << 20) // a smaller one only loses more events, and they are counted
-	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	s := sampler{conn: c, log: w.log, oneIn: 1, from: time.Now()}
-	for {
-		messages, err := c.Receive()
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, unix.ENOBUFS):
-			w.log.lose()
-			s.seen(watchedPerSecond) // whatever was lost, it was too much
-			continue
-		case err != nil:
-			return fmt.Errorf("receive conntrack events: %w", err)
-		}
-		s.seen(len(messages))
-		for _, m := range messages {
-			w.connection(m)
-		}
-	}
-}
-
-func (w *flowWatch) connection(m netlink.Message) {
-	var e conntrack.Event
-	if e.Unmarshal(m) != nil || e.Flow == nil {
-		w.log.lose()
-		return
-	}
-	o, r := e.Flow.TupleOrig, e.Flow.TupleReply
-	f := rawFlow{at: time.Now(), clientPort: o.Proto.SourcePort, flow: policy.Flow{Src: o.IP.SourceAddress.Unmap(),
-		Dst: r.IP.SourceAddress.Unmap(), Protocol: policy.Protocol(o.Proto.Protocol), Port: r.Proto.SourcePort}}
-	if f.flow.Protocol == policy.ICMP || f.flow.Protocol == policy.ICMPv6 {
-		f.flow.Port, f.clientPort = uint16(o.Proto.ICMPType)<<8|uint16(o.Proto.ICMPCode), o.Proto.ICMPID
-	}
-	w.log.add(f)
-}
-
-// sampler keeps the rate of events that reach this process near watchedPerSecond.
-type sampler struct {
-	conn  *netlink.Conn
-	log   *flowLog
-	oneIn uint32
-	from  time.Time
-	count int
-}
-
-// seen counts events and, once a second, sets how many of them are wanted.
-func (s *sampler) seen(n int) {
-	s.count += n
-	age := time.Since(s.from)
-	if age < time.Second && s.count < 2*watchedPerSecond {
-		return
-	}
-	rate := float64(s.count) * float64(s.oneIn) / max(age.Seconds(), 0.001)
-	s.from, s.count = time.Now(), 0
-	want := uint32(1)
-	for rate/float64(want) > watchedPerSecond && want < 1<<16 {
-		want *= 2
-	}
-	if want == s.oneIn || s.apply(want) != nil {
-		return
-	}
-	s.oneIn = want
-	s.log.sample(want)
-}
-
-// apply has the kernel drop all but one in n events, at random, before they are queued.
-func (s *sampler) apply(n uint32) error {
-	if n == 1 {
-		return s.conn.RemoveBPF()
-	}
-	prog, err := bpf.Assemble([]bpf.Instruction{
-		bpf.LoadExtension{Num: bpf.ExtRand},
-		bpf.JumpIf{Cond: bpf.JumpLessThan, Val: ^uint32(0) / n, SkipTrue: 1},
-		bpf.RetConstant{Val: 0},
-		bpf.RetConstant{Val: 1 << 18},
-	})
-	if err != nil {
-		return fmt.Errorf("assemble sampling filter: %w", err)
-	}
-	return s.conn.SetBPF(prog)
 }
