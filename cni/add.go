@@ -51,7 +51,7 @@ func (p *Plugin) add(ctx context.Context, c *call) error {
 	for _, step := range []struct {
 		name string
 		run  func(context.Context) error
-	}{{"lease", a.leaseAddresses}, {"record", a.writePending}, {"link", a.makeLink}, {"pod", a.setUpPod}, {"host", a.setUpHost},
+	}{{"lease", a.leaseAddresses}, {"record", a.writePending}, {"link", a.makeLink}, {"pod", a.setUpPod}, {"host", a.setUpHost}, {"bandwidth", a.limitBandwidth},
 		{"attach", a.attach}, {"routes", a.addRoutes}, {"result", a.finish}} {
 		if err := step.run(ctx); err != nil {
 			return a.fail(ctx, err)
@@ -98,7 +98,7 @@ func (a *adding) prepare(ctx context.Context) error {
 		HostInterface: HostInterface(a.containerID, a.ifname),
 		Namespace:     a.args.namespace, Pod: a.args.pod, UID: a.args.uid,
 		Labels: a.conf.labels, Masquerade: a.conf.IPMasq,
-	}, Pending: true, StateDir: a.conf.StateDir}
+	}, Pending: true, StateDir: a.conf.StateDir, Bandwidth: a.conf.RuntimeConfig.Bandwidth}
 	if a.conf.delegated() {
 		a.record.Delegate = a.delegate()
 	}

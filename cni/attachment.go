@@ -68,6 +68,8 @@ type record struct {
 	PodMAC   string    `json:"podMAC,omitempty"`
 	StateDir string    `json:"stateDir,omitempty"`
 	Delegate *delegate `json:"delegate,omitempty"`
+	// Bandwidth is what the runtime asked for; nil: no limit.
+	Bandwidth *bandwidth `json:"bandwidth,omitempty"`
 }
 
 func (r record) owner() ipam.Owner {

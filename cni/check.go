@@ -40,7 +40,7 @@ func (p *Plugin) check(ctx context.Context, c *call) error {
 	defer w.close()
 	k := checking{Plugin: p, call: c, record: r, wire: w}
 	for _, part := range []func(context.Context) error{
-		k.checkResult, k.checkHostLink, k.checkPodLink, k.checkPodAddresses, k.checkRoutes, k.checkNeighbours, k.checkSysctls, k.checkLease, k.checkBinding} {
+		k.checkResult, k.checkHostLink, k.checkPodLink, k.checkPodAddresses, k.checkRoutes, k.checkNeighbours, k.checkSysctls, k.checkBandwidth, k.checkLease, k.checkBinding} {
 		if err := part(ctx); err != nil {
 			return err
 		}

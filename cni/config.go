@@ -53,7 +53,7 @@ type netConf struct {
 		IPs          []string          `json:"ips"`
 		DNS          *types.DNS        `json:"dns"`
 		PortMappings []json.RawMessage `json:"portMappings"`
-		Bandwidth    map[string]any    `json:"bandwidth"`
+		Bandwidth    *bandwidth        `json:"bandwidth"`
 	} `json:"runtimeConfig"`
 	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
 }
@@ -172,9 +172,10 @@ func (c *config) checkRuntime() error {
 		return types.NewError(types.ErrUnsupportedField, "runtimeConfig.portMappings: nftcni does not map host ports yet; "+
 			"chain the portmap plugin and declare the capability there, or drop hostPort from the pod", "")
 	}
-	if len(r.Bandwidth) > 0 {
-		return types.NewError(types.ErrUnsupportedField, "runtimeConfig.bandwidth: nftcni does not limit bandwidth yet; "+
-			"chain the bandwidth plugin and declare the capability there, or drop the pod's bandwidth annotations", "")
+	if r.Bandwidth != nil {
+		if err := r.Bandwidth.check(); err != nil {
+			return err
+		}
 	}
 	if r.MAC != "" {
 		mac, err := net.ParseMAC(r.MAC)

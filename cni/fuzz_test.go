@@ -159,7 +159,12 @@ func TestParseConfig(t *testing.T) {
 		{name: "ips", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"ips":["ten"]}}`, code: 7, want: "runtimeConfig.ips[0]"},
 		{name: "portMappings", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"portMappings":[{"hostPort":1}]}}`, code: 2, want: "runtimeConfig.portMappings"},
 		{name: "no portMappings", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"portMappings":[]}}`},
-		{name: "bandwidth", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"bandwidth":{"ingressRate":1}}}`, code: 2, want: "runtimeConfig.bandwidth"},
+		{name: "bandwidth", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"bandwidth":{"ingressRate":1000,"egressRate":1000000000000000,"egressBurst":1}}}`},
+		{name: "no bandwidth", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"bandwidth":{}}}`},
+		{name: "low rate", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"bandwidth":{"ingressRate":999}}}`, code: 7, want: "runtimeConfig.bandwidth.ingressRate: 999 bit/s"},
+		{name: "high rate", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"bandwidth":{"egressRate":1000000000000001}}}`, code: 7, want: "runtimeConfig.bandwidth.egressRate: 1000000000000001 bit/s"},
+		{name: "burst alone", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"bandwidth":{"egressBurst":1000}}}`, code: 7, want: "egressBurst: is set and egressRate is not"},
+		{name: "negative rate", conf: `{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"bandwidth":{"egressRate":-1}}}`, code: 7, want: "runtimeConfig.bandwidth.egressRate: got a JSON number -1, want a whole number"},
 		{name: "prevResult", conf: `{"cniVersion":"1.0.0","name":"n","prevResult":{"cniVersion":"1.0.0","ips":[{"address":"x"}]}}`, code: 7, want: "prevResult"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -16,7 +16,7 @@ type Leftovers struct {
 	Routes []netlink.Route
 }
 
-// FindLeftovers lists them. Links are pod interfaces, and tunnels between nodes; routes are
+// FindLeftovers lists them. Links are pod interfaces, what limits their sending, and tunnels between nodes; routes are
 // those of protocol RouteProtocol in every table.
 func FindLeftovers(h *netlink.Handle) (Leftovers, error) {
 	var l Leftovers
@@ -44,6 +44,9 @@ func FindLeftovers(h *netlink.Handle) (Leftovers, error) {
 
 func isOurLink(link netlink.Link) bool {
 	name := link.Attrs().Name
+	if isIFB(name) && link.Type() == "ifb" {
+		return true
+	}
 	tunnel := link.Type() == "vxlan" || link.Type() == "wireguard"
 	return strings.HasPrefix(name, "nft") && (tunnel || len(name) == 15 && strings.Trim(name[3:], "0123456789abcdef") == "")
 }

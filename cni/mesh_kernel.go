@@ -65,7 +65,7 @@ func (m *Mesh) readLinks() (*meshView, error) {
 	v := &meshView{links: map[string]meshLink{}, names: map[int]string{}}
 	for _, l := range links {
 		a := l.Attrs()
-		if isHostInterface(a.Name) {
+		if isPodLink(a.Name) {
 			continue
 		}
 		v.names[a.Index] = a.Name

@@ -139,7 +139,7 @@ func sameReport(a, b Report) bool {
 func (m *Mesh) matters(msg netlink.Message) bool {
 	switch uint16(msg.Header.Type) {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		return !isHostInterface(unix.ByteSliceToString(attribute(msg.Data, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)))
+		return !isPodLink(unix.ByteSliceToString(attribute(msg.Data, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)))
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 		return len(msg.Data) >= unix.SizeofNdMsg && m.isTunnel(int(binary.NativeEndian.Uint32(msg.Data[4:])))
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:

@@ -191,14 +191,15 @@ func (r *reconciler) leaseLeft(ctx context.Context, s *ipam.Store, name string, 
 	if ignoreNoLink(err) != nil {
 		return fmt.Errorf("find link %s: %w", name, err)
 	}
+	rec, payloadErr := fromPayload(held)
 	if err != nil {
-		if _, err := s.Release(ctx, l.Owner); err != nil {
-			return err
+		if payloadErr != nil {
+			rec = fromLease(l, r.StateDir)
 		}
-		return RemoveAttachment(r.RunDir, name) // a record that was being written
+		rec.StateDir = r.StateDir
+		return r.remove(ctx, rec) // all of it: the agent may have the address bound still
 	}
-	rec, err := fromPayload(held)
-	if err != nil {
+	if err := payloadErr; err != nil {
 		return err
 	}
 	r.Report(fmt.Sprintf("the record of %s was lost: written again from its lease", name))

@@ -45,6 +45,9 @@ func (t teardown) run(ctx context.Context) error {
 	if err := unmakeLink(t.host, name); err != nil {
 		return t.journal(err)
 	}
+	if err := t.unlimit(); err != nil {
+		return t.journal(err)
+	}
 	t.done("link")
 	if detachErr != nil {
 		// The agent lives and still has the address bound: it must not be leased again
