@@ -275,7 +275,10 @@ func opsOf(d policy.Delta) int {
 func TestSplitOfHalfThePods(t *testing.T) {
 	f := newFollower(1, policytest.Options{})
 	f.flows = 0
-	s := policytest.Shape{Pods: 20000, Policies: 0, Namespaces: 10, Local: 0}
+	pods := int(effort(2000, 20000, 20000, 20000))
+	longest := pods / 10
+	policy.SetMaxStep(f.e, longest)
+	s := policytest.Shape{Pods: pods, Policies: 0, Namespaces: 10, Local: 0}
 	c := s.Cluster()
 	for i := range c.Pods {
 		c.Pods[i].Node = policytest.Node(1 + i%2)
@@ -291,8 +294,8 @@ func TestSplitOfHalfThePods(t *testing.T) {
 			Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Op: op, Values: []string{fmt.Sprint("app", op)}}}}},
 		}}})
 		d := f.e.Apply(policy.Event{Policy: &p})
-		if n := opsOf(d); n > 10100 {
-			t.Errorf("%d ops for a quarter of 20,000 pods (%v), want a delete and an add for each of 5,000", n, op)
+		if n := opsOf(d); n > pods/2+100 {
+			t.Errorf("%d ops for a quarter of %d pods (%v), want a delete and an add for each", n, pods, op)
 		}
 		if err := f.follow(d); err != nil {
 			t.Fatal(err)
@@ -310,15 +313,15 @@ func TestSplitOfHalfThePods(t *testing.T) {
 	}}})
 	d := f.e.Apply(policy.Event{Policy: &half})
 	for i, step := range d.Steps {
-		if len(step) > 2000 {
-			t.Errorf("step %d has %d ops, want at most 2000", i, len(step))
+		if len(step) > longest {
+			t.Errorf("step %d has %d ops, want at most %d", i, len(step), longest)
 		}
 	}
 	if len(d.Steps) < 10 {
 		t.Errorf("%d steps", len(d.Steps))
 	}
-	if n := opsOf(d); n > 20100 {
-		t.Errorf("%d ops for half of 20,000 pods, want a delete and an add for each of 10,000", n)
+	if n := opsOf(d); n > pods+100 {
+		t.Errorf("%d ops for half of %d pods, want a delete and an add for each", n, pods)
 	}
 	if err := f.follow(d); err != nil {
 		t.Fatal(err)

@@ -6,146 +6,107 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"go/ast"
+	"go/importer"
 	"go/parser"
 	"go/token"
-	"math/rand/v2"
+	"go/types"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
-// compiler lists the files of package policy that turn a cluster into tables and deltas;
-// the model, the oracle and texts for people are not among them.
-var compiler = []string{
-	"adopt.go", "atoms.go", "class.go", "delta.go", "engine.go", "identity.go", "nets.go",
-	"plan.go", "profile.go", "ranges.go", "selectors.go", "split.go", "tidy.go", "turns.go",
+const seed = 4 // of the order of the mutants; the first n are --seeded n
+
+// source is package policy, parsed and checked once.
+type source struct {
+	dir    string
+	fset   *token.FileSet
+	names  []string
+	files  map[string]*ast.File
+	text   map[string][]byte
+	lookup types.Importer
+	info   *types.Info
+	pkg    *types.Package
 }
 
-// mutant replaces source[from:to] of a file by text.
-type mutant struct {
-	file, function, operator string
-	from, to                 int
-	old, text                string
-	nth                      int // among equal ones of a function
-	line                     int
-}
-
-// id does not change when lines move.
-func (m mutant) id() string {
-	id := fmt.Sprintf("%s %s: %s: %s -> %s", m.file, m.function, m.operator, oneLine(m.old), oneLine(m.text))
-	if m.nth > 0 {
-		id += " #" + strconv.Itoa(m.nth+1)
+func load(root string) (*source, error) {
+	s := &source{
+		dir: filepath.Join(root, "policy"), fset: token.NewFileSet(), files: map[string]*ast.File{}, text: map[string][]byte{},
+		info: &types.Info{Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{}, Defs: map[*ast.Ident]types.Object{}},
 	}
-	return id
-}
-
-func oneLine(s string) string {
-	s = strings.Join(strings.Fields(s), " ")
-	if r := []rune(s); len(r) > 70 {
-		s = string(r[:70]) + "..."
+	out, err := exec.Command("go", "list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}", "./policy").Output()
+	if err != nil {
+		return nil, fmt.Errorf("go list: %w", err)
 	}
-	return s
-}
-
-var swapped = map[token.Token]struct {
-	to   token.Token
-	name string
-}{
-	token.EQL: {token.NEQ, "comparison"}, token.NEQ: {token.EQL, "comparison"},
-	token.LSS: {token.LEQ, "boundary"}, token.LEQ: {token.LSS, "boundary"},
-	token.GTR: {token.GEQ, "boundary"}, token.GEQ: {token.GTR, "boundary"},
-	token.LAND: {token.LOR, "and-or"}, token.LOR: {token.LAND, "and-or"},
-	token.ADD: {token.SUB, "arithmetic"}, token.SUB: {token.ADD, "arithmetic"},
-	token.AND: {token.OR, "arithmetic"}, token.OR: {token.AND, "arithmetic"},
-}
-
-// finder collects the mutants of one file.
-type finder struct {
-	fset     *token.FileSet
-	source   []byte
-	file     string
-	function string
-	out      []mutant
-}
-
-func (f *finder) add(operator string, from, to token.Pos, text string) {
-	a, b := f.fset.Position(from).Offset, f.fset.Position(to).Offset
-	m := mutant{file: f.file, function: f.function, operator: operator, from: a, to: b, old: string(f.source[a:b]), text: text, line: f.fset.Position(from).Line}
-	for _, o := range f.out {
-		if o.id() == m.id() {
-			m.nth++
-		}
+	exports := map[string]string{}
+	for line := range strings.Lines(string(out)) {
+		path, file, _ := strings.Cut(strings.TrimSpace(line), " ")
+		exports[path] = file
 	}
-	for slices.ContainsFunc(f.out, func(o mutant) bool { return o.id() == m.id() }) {
-		m.nth++
+	s.lookup = importer.ForCompiler(s.fset, "gc", func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) })
+	names, err := filepath.Glob(filepath.Join(s.dir, "*.go"))
+	if err != nil {
+		return nil, err
 	}
-	f.out = append(f.out, m)
-}
-
-func (f *finder) text(n ast.Node) string {
-	return string(f.source[f.fset.Position(n.Pos()).Offset:f.fset.Position(n.End()).Offset])
-}
-
-// visit applies the operators: negated conditions, swapped comparisons, boundaries, and
-// with or, sums, numbers plus one, true with false, break with continue, and statements left out.
-func (f *finder) visit(n ast.Node) bool {
-	switch n := n.(type) {
-	case *ast.IfStmt:
-		f.add("negate", n.Cond.Pos(), n.Cond.End(), "!("+f.text(n.Cond)+")")
-	case *ast.BinaryExpr:
-		if s, ok := swapped[n.Op]; ok {
-			end := n.OpPos + token.Pos(len(n.Op.String()))
-			f.add(s.name+" in "+oneLine(f.text(n)), n.OpPos, end, s.to.String())
+	for _, path := range names {
+		name := filepath.Base(path)
+		if strings.HasSuffix(name, "_test.go") {
+			continue
 		}
-	case *ast.BasicLit:
-		if n.Kind == token.INT {
-			f.add("number", n.Pos(), n.End(), "("+n.Value+"+1)")
+		if s.text[name], err = os.ReadFile(path); err != nil {
+			return nil, err
 		}
-	case *ast.Ident:
-		if n.Name == "true" || n.Name == "false" {
-			f.add("boolean", n.Pos(), n.End(), strconv.FormatBool(n.Name == "false"))
+		if s.files[name], err = parser.ParseFile(s.fset, name, s.text[name], parser.SkipObjectResolution); err != nil {
+			return nil, err
 		}
-	case *ast.BranchStmt:
-		if n.Label == nil && n.Tok == token.CONTINUE {
-			f.add("branch", n.Pos(), n.End(), "break")
-		}
-	case *ast.ExprStmt, *ast.IncDecStmt:
-		f.add("left out", n.Pos(), n.End(), "_ = 0")
-	case *ast.AssignStmt:
-		if n.Tok != token.DEFINE {
-			f.add("left out", n.Pos(), n.End(), "_ = 0")
-		}
+		s.names = append(s.names, name)
 	}
-	return true
+	s.pkg, err = s.check(s.info, nil)
+	return s, err
 }
 
-// find lists every mutant in a fixed order. Operators that give the same program
-// (negating a lone comparison and swapping it) count once.
-func find(dir string) ([]mutant, error) {
+// check type-checks the package with some files replaced.
+func (s *source) check(info *types.Info, replaced map[string][]byte) (*types.Package, error) {
+	var files []*ast.File
+	fset := s.fset
+	for _, name := range s.names {
+		file := s.files[name]
+		if text, ok := replaced[name]; ok {
+			var err error
+			if file, err = parser.ParseFile(fset, "", text, parser.SkipObjectResolution); err != nil {
+				return nil, err
+			}
+		}
+		files = append(files, file)
+	}
+	if text, ok := replaced["switches.go"]; ok {
+		file, err := parser.ParseFile(fset, "", text, parser.SkipObjectResolution)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, file)
+	}
+	conf := types.Config{Importer: s.lookup}
+	return conf.Check("github.com/nftcni/nftcni/policy", fset, files, info)
+}
+
+// find lists every mutant in the order of the source.
+func (s *source) find() []mutant {
 	var all []mutant
 	for _, name := range compiler {
-		path := filepath.Join(dir, name)
-		source, err := os.ReadFile(path)
-		if err != nil {
-			return nil, err
-		}
-		f := &finder{fset: token.NewFileSet(), source: source, file: name}
-		parsed, err := parser.ParseFile(f.fset, path, source, parser.SkipObjectResolution)
-		if err != nil {
-			return nil, err
-		}
-		for _, d := range parsed.Decls {
+		f := &finder{fset: s.fset, info: s.info, pkg: s.pkg, source: s.text[name], file: name, simple: map[ast.Stmt]bool{}, skip: map[ast.Node]bool{}, seen: map[string]int{}}
+		for _, d := range s.files[name].Decls {
 			if fn, ok := d.(*ast.FuncDecl); ok && fn.Body != nil {
 				f.function = fn.Name.Name
 				ast.Inspect(fn.Body, f.visit)
@@ -153,69 +114,156 @@ func find(dir string) ([]mutant, error) {
 		}
 		all = append(all, f.out...)
 	}
-	return slices.DeleteFunc(all, func(m mutant) bool {
-		return m.operator == "negate" && slices.ContainsFunc(all, func(o mutant) bool {
-			return o.file == m.file && strings.HasPrefix(o.operator, "comparison in ") && o.from >= m.from && o.to <= m.to && o.operator == "comparison in "+oneLine(m.old)
-		})
-	}), nil
+	return all
+}
+
+func (s *source) alone(m mutant) []byte {
+	t := s.text[m.file]
+	return slices.Concat(t[:m.from], []byte(m.text), t[m.to:])
 }
 
 type outcome string
 
 const (
 	killed   outcome = "killed"
+	tooLong  outcome = "over the limit"
 	survived outcome = "survived"
 	noBuild  outcome = "does not build"
 )
 
-// runner builds and runs mutants in a directory of its own.
-type runner struct{ root, tmp string }
+// runner builds and runs copies of the package, in a directory of its own.
+type runner struct {
+	root, tmp string
+	limit     int // seconds of CPU
+}
 
 // suite is the fast suite: every test of the package with little effort.
-var suite = []string{"-test.failfast", "-test.short", "-test.timeout=60s", "-rapid.checks=30", "-rapid.nofailfile"}
+var suite = []string{"-test.failfast", "-test.short", "-test.timeout=5m", "-rapid.checks=30", "-rapid.nofailfile"}
 
-func (r runner) run(m *mutant) (outcome, time.Duration, error) {
-	binary, dir := filepath.Join(r.tmp, "suite"), filepath.Join(r.root, "policy")
-	args := []string{"test", "-c", "-vet=off", "-o", binary}
-	if m != nil {
-		source, err := os.ReadFile(filepath.Join(dir, m.file))
-		if err != nil {
-			return "", 0, err
+// build compiles the tests with some files of the package replaced or added.
+func (r runner) build(binary string, replaced map[string][]byte) error {
+	list := map[string]string{}
+	for name, text := range replaced {
+		file := filepath.Join(r.tmp, name)
+		if err := os.WriteFile(file, text, 0o600); err != nil {
+			return err
 		}
-		changed := slices.Concat(source[:m.from], []byte(m.text), source[m.to:])
-		file, overlay := filepath.Join(r.tmp, m.file), filepath.Join(r.tmp, "overlay.json")
-		list, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(dir, m.file): file}})
-		if err != nil {
-			return "", 0, err
-		}
-		if err := errors.Join(os.WriteFile(file, changed, 0o600), os.WriteFile(overlay, list, 0o600)); err != nil {
-			return "", 0, err
-		}
-		args = append(args, "-overlay", overlay)
+		list[filepath.Join(r.root, "policy", name)] = file
 	}
-	build := exec.Command("go", append(args, "./policy")...)
-	build.Dir = r.root
-	if out, err := build.CombinedOutput(); err != nil {
-		if m == nil || !bytes.Contains(out, []byte(m.file+":")) {
-			return "", 0, fmt.Errorf("go test -c: %w\n%s", err, out)
-		}
-		return noBuild, 0, nil
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
-	defer cancel()
-	// A mutant may loop and allocate: the shell bounds its address space.
-	test := exec.CommandContext(ctx, "sh", append([]string{"-c", `ulimit -v 6000000; exec "$@"`, "sh", binary}, suite...)...)
-	test.Dir = r.tmp
-	test.Env = append(os.Environ(), "NFTCNI_EFFORT=fast")
-	start := time.Now()
-	out, err := test.CombinedOutput()
-	if m == nil && err != nil {
-		return "", 0, fmt.Errorf("the suite fails without a mutant: %w\n%s", err, out)
-	}
+	overlay, err := json.Marshal(map[string]any{"Replace": list})
 	if err != nil {
-		return killed, time.Since(start), nil
+		return err
 	}
-	return survived, test.ProcessState.UserTime() + test.ProcessState.SystemTime(), nil
+	if err := os.WriteFile(filepath.Join(r.tmp, "overlay.json"), overlay, 0o600); err != nil {
+		return err
+	}
+	cmd := exec.Command("go", "test", "-c", "-vet=off", "-o", filepath.Join(r.tmp, binary), "-overlay", filepath.Join(r.tmp, "overlay.json"), "./policy")
+	cmd.Dir = r.root
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go test -c: %w\n%s", err, out)
+	}
+	return nil
+}
+
+type result struct {
+	outcome
+	cpu     time.Duration
+	reached bool
+	output  []byte
+}
+
+// run runs the suite with a mutant on (0: none). It may loop and allocate: the shell bounds
+// its CPU time and its address space.
+func (r runner) run(binary string, number int) result {
+	script := fmt.Sprintf(`ulimit -v 8000000; ulimit -t %d; exec "$@"`, r.limit)
+	test := exec.Command("sh", append([]string{"-c", script, "sh", filepath.Join(r.tmp, binary)}, suite...)...)
+	test.Dir = r.tmp
+	test.Env = append(os.Environ(), "NFTCNI_EFFORT=fast", "NFTCNI_MUTANT="+strconv.Itoa(number), "GOMAXPROCS=1", "GOGC=400")
+	out, err := test.CombinedOutput()
+	res := result{outcome: survived, output: out, reached: bytes.Contains(out, []byte("mutant reached"))}
+	if test.ProcessState != nil {
+		res.cpu = test.ProcessState.UserTime() + test.ProcessState.SystemTime()
+	}
+	switch {
+	case err != nil && res.cpu > time.Duration(r.limit)*time.Second*9/10:
+		res.outcome = tooLong
+	case err != nil:
+		res.outcome = killed
+	}
+	return res
+}
+
+// job is everything a run of the program knows.
+type job struct {
+	*source
+	runner
+	all, chosen []mutant
+	known       map[string]string
+	results     []result
+	suiteCPU    time.Duration
+}
+
+// place decides how a mutant runs: not at all, in the copy that holds many, or alone.
+func (j *job) place() (together map[string]map[int]mutant, alone []int) {
+	together = map[string]map[int]mutant{}
+	for i, m := range j.chosen {
+		if _, err := j.check(nil, map[string][]byte{m.file: j.source.alone(m)}); err != nil {
+			j.results[i].outcome = noBuild
+			continue
+		}
+		copied := schemata(j.text[m.file], map[int]mutant{i + 1: m})
+		if _, err := j.check(nil, map[string][]byte{m.file: copied, "switches.go": []byte(writeSwitches())}); err != nil {
+			alone = append(alone, i)
+			continue
+		}
+		if together[m.file] == nil {
+			together[m.file] = map[int]mutant{}
+		}
+		together[m.file][i+1] = m
+	}
+	return together, alone
+}
+
+// runAll runs the chosen mutants; slow builds each by itself.
+func (j *job) runAll(slow bool) error {
+	if err := j.build("plain", nil); err != nil {
+		return err
+	}
+	first := j.run("plain", 0)
+	if first.outcome != survived {
+		return fmt.Errorf("the suite fails without a mutant:\n%s", first.output)
+	}
+	j.suiteCPU = first.cpu
+	j.results = make([]result, len(j.chosen))
+	together, alone := j.place()
+	copied := map[string][]byte{"switches.go": []byte(writeSwitches())}
+	for file, mutants := range together {
+		copied[file] = schemata(j.text[file], mutants)
+	}
+	if err := j.build("copy", copied); err != nil {
+		return err
+	}
+	if r := j.run("copy", 0); r.outcome != survived {
+		return fmt.Errorf("the suite fails in the copy without a mutant:\n%s", r.output)
+	}
+	fmt.Fprintf(os.Stderr, "%d mutants, %d of them alone; the suite takes %.1f s of CPU\n", len(j.chosen), len(alone), j.suiteCPU.Seconds())
+	for i, m := range j.chosen {
+		switch {
+		case j.results[i].outcome == noBuild:
+			continue
+		case slow || slices.Contains(alone, i):
+			if err := j.build("alone", map[string][]byte{m.file: j.source.alone(m)}); err != nil {
+				return err
+			}
+			j.results[i] = j.run("alone", 0)
+		default:
+			j.results[i] = j.run("copy", i+1)
+		}
+		if r := j.results[i]; r.outcome == survived {
+			fmt.Fprintf(os.Stderr, "%d/%d line %d survived (reached: %v): %s | %s\n", i+1, len(j.chosen), m.line, r.reached, m.id(), j.known[m.id()])
+		}
+	}
+	return nil
 }
 
 // explained reads the survivors that are known, each with why: "id | reason".
@@ -238,126 +286,72 @@ func explained(path string) (map[string]string, error) {
 func main() {
 	seeded := flag.Int("seeded", 0, "run this many mutants, always the same; 0: all")
 	list := flag.Bool("list", false, "list the mutants and run none")
+	slow := flag.Bool("slow", false, "build each mutant by itself")
 	write := flag.String("write", "", "write the result to this file")
-	workers := flag.Int("workers", 2, "how many to run side by side")
 	only := flag.String("only", "", "run those whose name contains this, or that a line of this file names")
 	flag.Parse()
-	if err := mutate(*seeded, *workers, *list, *only, *write); err != nil {
+	if err := mutate(*seeded, *list, *slow, *only, *write); err != nil {
 		fmt.Fprintln(os.Stderr, "mutate:", err)
 		os.Exit(1)
 	}
 }
 
-const seed = 4 // of the order of the mutants; the first n are --seeded n
-
-func mutate(seeded, workers int, list bool, only, write string) error {
+func mutate(seeded int, list, slow bool, only, write string) error {
 	root, err := os.Getwd()
 	if err != nil {
 		return err
 	}
-	all, err := find(filepath.Join(root, "policy"))
-	if err != nil {
+	j := &job{runner: runner{root: root, limit: 10}}
+	if j.source, err = load(root); err != nil {
 		return err
 	}
-	chosen := slices.Clone(all)
-	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(chosen), func(i, j int) { chosen[i], chosen[j] = chosen[j], chosen[i] })
-	names, err := os.ReadFile(only)
-	lines := strings.Split(string(names), "\n")
-	chosen = slices.DeleteFunc(chosen, func(m mutant) bool {
-		return err == nil && !slices.Contains(lines, m.id()) || err != nil && !strings.Contains(m.id(), only)
-	})
-	if seeded > 0 {
-		chosen = chosen[:min(seeded, len(chosen))]
-	}
+	j.all = j.find()
+	j.chosen = choose(j.all, seeded, only)
 	if list {
-		for _, m := range chosen {
+		for _, m := range j.chosen {
 			fmt.Println(m.id())
 		}
 		return nil
 	}
-	known, err := explained("scripts/mutants-explained")
-	if err != nil {
+	if j.known, err = explained("scripts/mutants-explained"); err != nil {
 		return err
 	}
+	if j.tmp, err = os.MkdirTemp("", "mutate"); err != nil {
+		return err
+	}
+	defer os.RemoveAll(j.tmp)
 	start := time.Now()
-	results, took, err := runAll(root, chosen, workers, known)
-	if err != nil {
+	if err := j.runAll(slow); err != nil {
 		return err
 	}
-	text, unexplained := report(chosen, results, known, len(all), took)
+	text, unexplained := j.report()
 	fmt.Print(text)
 	fmt.Printf("\n%v\n", time.Since(start).Round(time.Second))
 	if write != "" {
-		if err := os.WriteFile(write, []byte(text), 0o644); err != nil {
-			return err
-		}
+		err = os.WriteFile(write, []byte(text), 0o644)
 	}
 	if unexplained > 0 {
-		return fmt.Errorf("%d mutants survived that scripts/mutants-explained does not name", unexplained)
+		err = errors.Join(err, fmt.Errorf("%d mutants survived that scripts/mutants-explained does not name", unexplained))
 	}
-	return nil
+	return err
 }
 
-// runAll runs the mutants; took is the CPU time of the suite without a mutant.
-func runAll(root string, chosen []mutant, workers int, known map[string]string) (results []outcome, took time.Duration, err error) {
-	tmp, err := os.MkdirTemp("", "mutate")
-	if err != nil {
-		return nil, 0, err
-	}
-	defer os.RemoveAll(tmp)
-	_, took, err = runner{root, tmp}.run(nil)
-	if err != nil {
-		return nil, 0, err
-	}
-	results = make([]outcome, len(chosen))
-	failed := make([]error, workers)
-	next := make(chan int)
-	var wg sync.WaitGroup
-	for w := range workers {
-		dir := filepath.Join(tmp, strconv.Itoa(w))
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			return nil, 0, err
-		}
-		wg.Go(func() {
-			for i := range next {
-				r, _, err := runner{root, dir}.run(&chosen[i])
-				results[i], failed[w] = r, errors.Join(failed[w], err)
-				if r == survived {
-					fmt.Fprintf(os.Stderr, "%d/%d line %d survived: %s | %s\n", i+1, len(chosen), chosen[i].line, chosen[i].id(), known[chosen[i].id()])
-				}
-			}
+// choose returns the mutants to run, in the seeded order.
+func choose(all []mutant, seeded int, only string) []mutant {
+	out := slices.Clone(all)
+	if only != "" {
+		names, err := os.ReadFile(only)
+		lines := strings.Split(string(names), "\n")
+		out = slices.DeleteFunc(out, func(m mutant) bool {
+			return err == nil && !slices.Contains(lines, m.id()) || err != nil && !strings.Contains(m.id(), only)
 		})
 	}
-	for i := range chosen {
-		next <- i
+	if seeded > 0 && seeded < len(out) {
+		slices.SortFunc(out, func(a, b mutant) int { return cmp.Compare(a.rank(), b.rank()) })
+		out = out[:seeded]
+		slices.SortFunc(out, func(a, b mutant) int {
+			return cmp.Or(cmp.Compare(a.file, b.file), cmp.Compare(a.from, b.from), cmp.Compare(b.to, a.to))
+		})
 	}
-	close(next)
-	wg.Wait()
-	return results, took, errors.Join(failed...)
-}
-
-func report(chosen []mutant, results []outcome, known map[string]string, all int, took time.Duration) (string, int) {
-	counts := map[outcome]int{}
-	var lines []string
-	unexplained := 0
-	for i, m := range chosen {
-		counts[results[i]]++
-		if results[i] != survived {
-			continue
-		}
-		why := known[m.id()]
-		if why == "" {
-			why = "NOT EXPLAINED"
-			unexplained++
-		}
-		lines = append(lines, fmt.Sprintf("- `%s`\n  %s\n", m.id(), why))
-	}
-	slices.Sort(lines)
-	built := counts[killed] + counts[survived]
-	var b strings.Builder
-	fmt.Fprintf(&b, "# Mutants of the policy compiler\n\nWritten by `scripts/mutate`; the operators, the seed and the fast suite are in scripts/mutate.go.\n\n")
-	fmt.Fprintf(&b, "| | |\n|---|---|\n| mutants there are | %d |\n| run (the first of the seeded order) | %d |\n| do not build, not counted | %d |\n| killed | %d |\n| survived | %d (%.1f%%) |\n| CPU time of the fast suite | %.1f s |\n\n",
-		all, len(chosen), counts[noBuild], counts[killed], counts[survived], 100*float64(counts[survived])/float64(max(1, built)), took.Seconds())
-	fmt.Fprintf(&b, "## Survivors\n\n%s", strings.Join(lines, ""))
-	return b.String(), unexplained
+	return out
 }
