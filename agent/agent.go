@@ -174,6 +174,7 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 	defer done()
 	err = srv.http.Shutdown(stop)
 	tasks.Wait()
+	l.writeSnapshot(l.unwritten(), l.log)
 	if l.waitForPods {
 		l.save(l.unsaved(), l.log)
 	}

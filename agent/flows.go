@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"net/http"
@@ -24,8 +25,8 @@ const flowRing = 8192
 // Flow is one new connection that policy judged on this node.
 type Flow struct {
 	Seq     uint64         `json:"seq"`
-	At      time.Time      `json:"at"`
-	Verdict string         `json:"verdict"` // allowed or denied
+	At      time.Time      `json:"at,omitzero"` // zero: the kernel does not tell
+	Verdict string         `json:"verdict"`     // allowed or denied
 	Src     netip.AddrPort `json:"src"`
 	Dst     netip.AddrPort `json:"dst"` // after a Service's DNAT
 	// Protocol is TCP, UDP, SCTP, ICMP, ICMPv6 or a number; for ICMP the port of Dst is
@@ -172,7 +173,7 @@ func (n *named) concerns(node string, r rawFlow) bool {
 
 // describe is the Flow of r.
 func (n *named) describe(r rawFlow, seq uint64) Flow {
-	f := Flow{Seq: seq, At: r.at, Verdict: "allowed", Protocol: protocolName(r.flow.Protocol),
+	f := Flow{Seq: seq, At: r.at, Verdict: "allowed", Protocol: cmp.Or(ProtocolName(r.flow.Protocol), strconv.Itoa(int(r.flow.Protocol))),
 		Src: netip.AddrPortFrom(r.flow.Src, r.clientPort), Dst: netip.AddrPortFrom(r.flow.Dst, r.flow.Port)}
 	if p := n.oracle.Owner(r.flow.Src); p != nil {
 		f.SrcPod = p.Name.String()
@@ -197,18 +198,23 @@ func (n *named) decides(r rawFlow) string {
 	if len(n.memo) >= namerMemo {
 		clear(n.memo)
 	}
-	text := ""
-	v := n.oracle.Evaluate(r.flow)
-	for _, d := range []policy.Decision{v.Egress, v.Ingress} {
-		if (d.Action == policy.Allow) == r.denied {
-			continue
-		}
-		if text = decider(d); text != "" {
-			break
-		}
-	}
+	text := Decider(n.oracle.Evaluate(r.flow), r.denied)
 	n.memo[key] = text
 	return text
+}
+
+// Decider names what a verdict rests on: the first direction that denies or, of an allowed
+// connection, that a policy decides. "" where none does.
+func Decider(v policy.Verdict, denied bool) string {
+	for _, d := range []policy.Decision{v.Egress, v.Ingress} {
+		if (d.Action == policy.Allow) == denied {
+			continue
+		}
+		if text := decider(d); text != "" {
+			return text
+		}
+	}
+	return ""
 }
 
 // decider names what a decision rests on, "" for none.
@@ -229,7 +235,8 @@ func decider(d policy.Decision) string {
 	return ""
 }
 
-func protocolName(p policy.Protocol) string {
+// ProtocolName is the protocol as Kubernetes writes it, "" for one that it does not name.
+func ProtocolName(p policy.Protocol) string {
 	switch p {
 	case policy.TCP:
 		return "TCP"
@@ -242,7 +249,7 @@ func protocolName(p policy.Protocol) string {
 	case policy.ICMPv6:
 		return "ICMPv6"
 	}
-	return strconv.Itoa(int(p))
+	return ""
 }
 
 // flows answers PathFlows.

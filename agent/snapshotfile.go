@@ -57,26 +57,12 @@ func writeSnapshotFile(runDir string, s Snapshot) error {
 // keepSnapshotFile writes the file when commits have changed something, at most once an
 // interval, until ctx ends.
 func keepSnapshotFile(ctx context.Context, l *loop, log *slog.Logger) error {
-	var written uint64
-	save := func(ctx context.Context) {
-		var s Snapshot
-		var commits uint64
-		err := l.do(ctx, func() {
-			if commits = l.commits.total; commits != written {
-				s = Snapshot{At: time.Now(), Node: l.cfg.Node, Cluster: l.inv.cluster()}
-			}
-		})
-		if err == nil && s.Cluster != nil {
-			err = writeSnapshotFile(l.cfg.RunDir, s)
-			written = commits
-		}
-		if err != nil && ctx.Err() == nil {
-			log.Error("keep the snapshot file: debug commands have less to go by without the agent", "err", err)
-		}
-	}
 	for {
 		began := time.Now()
-		save(ctx)
+		var s Snapshot
+		if l.do(ctx, func() { s = l.unwritten() }) == nil {
+			l.writeSnapshot(s, log)
+		}
 		wait := time.NewTimer(min(pause(snapshotInterval, time.Since(began)), snapshotPatience))
 		select {
 		case <-wait.C:
@@ -84,5 +70,24 @@ func keepSnapshotFile(ctx context.Context, l *loop, log *slog.Logger) error {
 			wait.Stop()
 			return nil
 		}
+	}
+}
+
+// unwritten is what the file should hold, without a cluster if it does.
+func (l *loop) unwritten() Snapshot {
+	if l.commits.total == l.commits.written {
+		return Snapshot{}
+	}
+	l.commits.written = l.commits.total
+	return l.wholeSnapshot()
+}
+
+func (l *loop) writeSnapshot(s Snapshot, log *slog.Logger) {
+	if s.Cluster == nil {
+		return
+	}
+	s.Status.EventToKernel, s.Status.Kernel = l.commits.measures.latency()
+	if err := writeSnapshotFile(l.cfg.RunDir, s); err != nil {
+		log.Error("keep the snapshot file: debug commands have less to go by without the agent", "err", err)
 	}
 }

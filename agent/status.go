@@ -79,6 +79,28 @@ type Snapshot struct {
 	At      time.Time       `json:"at"`
 	Node    string          `json:"node"`
 	Cluster *policy.Cluster `json:"cluster"`
+	// Status and Enforced are in the file only, where nobody can be asked for them.
+	Status   *Status    `json:"status,omitempty"`
+	Enforced []Enforced `json:"enforced,omitempty"`
+}
+
+// Policies are the cluster's policies with what the file says of their enforcement.
+func (s Snapshot) Policies() []Policy {
+	enforced := map[string]Enforced{}
+	for _, e := range s.Enforced {
+		enforced[e.Policy] = e
+	}
+	out := make([]Policy, 0, len(s.Cluster.Policies))
+	for _, p := range s.Cluster.Policies {
+		e := enforced[p.ID.String()]
+		out = append(out, Policy{Policy: p, EnforcedGeneration: e.Generation, KernelGeneration: e.KernelGeneration, EnforcedAt: e.At, Micros: e.Micros})
+	}
+	namespaces := map[string]policy.Labels{}
+	for _, ns := range s.Cluster.Namespaces {
+		namespaces[ns.Name] = ns.Labels
+	}
+	countLocal(out, localPods(s.Cluster.Pods, s.Node), namespaces)
+	return out
 }
 
 const recentCommits = 32
@@ -86,6 +108,7 @@ const recentCommits = 32
 // commitLog remembers the last commits and what each policy's last one was.
 type commitLog struct {
 	total    uint64
+	written  uint64   // total when the snapshot file was written
 	recent   []Commit // oldest first
 	enforced map[policy.PolicyID]enforcement
 	measures *measures // nil in tests of the loop alone
@@ -147,23 +170,27 @@ func (l *loop) enforced(b *batch, c Commit) {
 // encoding them does not hold up a pod.
 func (l *loop) status(ctx context.Context) (Status, error) {
 	var s Status
-	err := l.do(ctx, func() {
-		s = Status{
-			Node: l.cfg.Node, Network: l.cfg.Network, Generation: l.state.Generation,
-			Namespaces: len(l.inv.namespaces), Pods: len(l.inv.pods), Policies: len(l.inv.policies), Nodes: len(l.inv.nodes),
-			Attachments: len(l.inv.attached), PodNetworks: l.networks, Commits: l.commits.total,
-			Recent: slices.Clone(l.commits.recent), Problems: slices.Clone(l.problems),
-		}
-		for _, w := range l.waiting {
-			s.Waiting += len(w)
-		}
-		s.Ready, s.Reason = l.ready()
-	})
+	err := l.do(ctx, func() { s = l.statusNow() })
 	s.EventToKernel, s.Kernel = l.commits.measures.latency()
+	return s, err
+}
+
+// statusNow is all of status but the histograms; the loop's goroutine calls it.
+func (l *loop) statusNow() Status {
+	s := Status{
+		Node: l.cfg.Node, Network: l.cfg.Network, Generation: l.state.Generation,
+		Namespaces: len(l.inv.namespaces), Pods: len(l.inv.pods), Policies: len(l.inv.policies), Nodes: len(l.inv.nodes),
+		Attachments: len(l.inv.attached), PodNetworks: l.networks, Commits: l.commits.total,
+		Recent: slices.Clone(l.commits.recent), Problems: slices.Clone(l.problems),
+	}
+	for _, w := range l.waiting {
+		s.Waiting += len(w)
+	}
+	s.Ready, s.Reason = l.ready()
 	if n := len(s.Recent); n > 0 {
 		s.LastCommit = &s.Recent[n-1]
 	}
-	return s, err
+	return s
 }
 
 func (l *loop) ready() (bool, string) {
@@ -209,24 +236,35 @@ func (l *loop) policies(ctx context.Context) ([]Policy, error) {
 			e := l.commits.enforced[id]
 			out = append(out, Policy{Policy: *p, EnforcedGeneration: e.generation, KernelGeneration: e.kernel, EnforcedAt: e.at, Micros: e.micros})
 		}
-		for _, p := range l.inv.cluster().Pods {
-			if p.Node == l.cfg.Node && !p.HostNetwork && !p.Finished {
-				local = append(local, p)
-			}
-		}
+		local = localPods(l.inv.cluster().Pods, l.cfg.Node)
 		for n, ns := range l.inv.namespaces {
 			namespaces[n] = ns.Labels
 		}
 	})
-	for i := range out {
+	countLocal(out, local, namespaces)
+	slices.SortFunc(out, func(a, b Policy) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+	return out, err
+}
+
+// localPods are the pods of node that policies select.
+func localPods(pods []policy.Pod, node string) []policy.Pod {
+	var out []policy.Pod
+	for _, p := range pods {
+		if p.Node == node && !p.HostNetwork && !p.Finished {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+func countLocal(list []Policy, local []policy.Pod, namespaces map[string]policy.Labels) {
+	for i := range list {
 		for _, p := range local {
-			if selects(out[i].Subject, p, namespaces) {
-				out[i].LocalPods++
+			if selects(list[i].Subject, p, namespaces) {
+				list[i].LocalPods++
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b Policy) int { return strings.Compare(a.ID.String(), b.ID.String()) })
-	return out, err
 }
 
 func selects(s policy.PodSelector, p policy.Pod, namespaces map[string]policy.Labels) bool {
@@ -240,4 +278,15 @@ func (l *loop) snapshot(ctx context.Context) (Snapshot, error) {
 	var s Snapshot
 	err := l.do(ctx, func() { s = Snapshot{At: time.Now(), Node: l.cfg.Node, Cluster: l.inv.cluster()} })
 	return s, err
+}
+
+// wholeSnapshot is snapshot with what only the agent can tell; the loop's goroutine calls it.
+func (l *loop) wholeSnapshot() Snapshot {
+	status := l.statusNow()
+	s := Snapshot{At: time.Now(), Node: l.cfg.Node, Cluster: l.inv.cluster(), Status: &status}
+	for id, e := range l.commits.enforced {
+		s.Enforced = append(s.Enforced, Enforced{Policy: id.String(), InForce: true, Known: l.inv.policies[id] != nil,
+			Generation: e.generation, KernelGeneration: e.kernel, At: e.at, Micros: e.micros})
+	}
+	return s
 }

@@ -65,23 +65,15 @@ type part struct {
 }
 
 func (s *session) parts() []part {
-	asked := func(name, path string, into any) part {
-		return part{name, func(ctx context.Context) (any, error) { return into, s.get(ctx, path, into) }}
-	}
+	quiet := func(string) {}
 	return []part{
-		asked("status.json", agent.PathStatus, &agent.Status{}),
+		{"status.json", func(ctx context.Context) (any, error) { return s.status(ctx, quiet) }},
 		{"pods.json", func(ctx context.Context) (any, error) {
-			var list []agent.Pod
-			err := s.get(ctx, agent.PathPods+"?local=1", &list)
+			list, err := s.pods(ctx, false, quiet)
 			return podRows(list, false), err
 		}},
-		{"policies.json", func(ctx context.Context) (any, error) {
-			var list []agent.Policy
-			err := s.get(ctx, agent.PathPolicies, &list)
-			return policyRows(list), err
-		}},
-		asked("flows.json", agent.PathFlows, &agent.Flows{}),
-		{"snapshot.json", func(ctx context.Context) (any, error) { return s.rawSnapshot(ctx) }},
+		{"flows.json", func(ctx context.Context) (any, error) { return s.seen(ctx, "", quiet) }},
+		{"snapshot.json", func(context.Context) (any, error) { return s.shared.raw() }},
 		{"doctor.json", func(ctx context.Context) (any, error) { return s.examine(ctx, "/etc/cni/net.d"), nil }},
 		{"leases.json", func(ctx context.Context) (any, error) { return s.leases(ctx) }},
 		{"attachments.json", func(context.Context) (any, error) {
@@ -92,7 +84,7 @@ func (s *session) parts() []part {
 			return readTable(ctx, func(r *nft.Reader) (any, error) { return tableRows(ctx, r) })
 		}},
 		{"denials.json", func(ctx context.Context) (any, error) {
-			return readTable(ctx, func(r *nft.Reader) (any, error) { return s.drops(ctx, 100, func(string) {}) })
+			return readTable(ctx, func(r *nft.Reader) (any, error) { return s.drops(ctx, 100, quiet) })
 		}},
 		{"ruleset.nft", func(context.Context) (any, error) { return nft.Program(), nil }},
 		{"chains.json", func(context.Context) (any, error) { return nft.BaseChains(nft.Options{}) }},
@@ -100,6 +92,36 @@ func (s *session) parts() []part {
 		{"routes.json", func(context.Context) (any, error) { return routeRows() }},
 		{"system.json", func(context.Context) (any, error) { return systemRow() }},
 	}
+}
+
+// sharedSnapshot is one reading of the cluster for the parts of a bundle: at 10,000 pods
+// each costs the agent and this program a twentieth of a second.
+type sharedSnapshot struct {
+	raw    func() (json.RawMessage, error)
+	parsed func() (agent.Snapshot, error)
+}
+
+func (s *session) share(ctx context.Context) *sharedSnapshot {
+	raw := sync.OnceValues(func() (json.RawMessage, error) { return s.rawSnapshot(ctx) })
+	return &sharedSnapshot{raw, sync.OnceValues(func() (agent.Snapshot, error) {
+		var snap agent.Snapshot
+		b, err := raw()
+		if err == nil {
+			err = json.Unmarshal(b, &snap)
+		}
+		if err == nil && snap.Cluster == nil {
+			err = errors.New("the snapshot holds no cluster")
+		}
+		return snap, err
+	})}
+}
+
+func (s *sharedSnapshot) snapshot(notice func(string)) (agent.Snapshot, error) {
+	snap, err := s.parsed()
+	if err == nil && snap.Status != nil {
+		notice(fromFile(snap))
+	}
+	return snap, err
 }
 
 // rawSnapshot is the snapshot as the agent says it, or the bytes of its file.
@@ -197,7 +219,9 @@ type file struct {
 
 // files gets all parts at the same time: most of them wait for the agent.
 func (s *session) files(ctx context.Context) []file {
-	parts := s.parts()
+	with := *s
+	with.shared = s.share(ctx)
+	parts := with.parts()
 	out := make([]file, len(parts))
 	var wg sync.WaitGroup
 	for i, p := range parts {

@@ -35,6 +35,7 @@ func (e *ExitError) Unwrap() error { return e.Err }
 type session struct {
 	runDir, stateDir string
 	format           string
+	shared           *sharedSnapshot // of a command that needs the cluster more than once
 }
 
 // NewCommand returns `nftcni debug` with its subcommands.

@@ -52,13 +52,19 @@ func (s *session) flowsCommand() *cobra.Command {
 }
 
 func (s *session) flows(cmd *cobra.Command, fl flowFlags) error {
+	notice := noticeTo(cmd)
 	var got agent.Flows
-	if err := s.get(cmd.Context(), agent.PathFlows+"?limit=8192", &got); err != nil {
+	var err error
+	if fl.follow { // what comes next only an agent can tell
+		err = s.get(cmd.Context(), agent.PathFlows+"?limit=8192", &got)
+	} else {
+		got, err = s.seen(cmd.Context(), "?limit=8192", notice)
+	}
+	if err != nil {
 		return err
 	}
 	list := fl.keep(got.Flows)
 	list = list[max(0, len(list)-fl.last):]
-	notice := noticeTo(cmd)
 	tellSampling(notice, got, 1)
 	if !fl.follow {
 		return s.print(cmd, list, func(w io.Writer) error { return writeFlows(w, list, true) })
@@ -135,8 +141,12 @@ func writeFlows(w io.Writer, list []agent.Flow, header bool) error {
 		t.header = make([]string, len(t.header))
 	}
 	for _, f := range list {
-		t.add(f.At.UTC().Format("15:04:05.000"), f.Verdict, cmp.Or(f.SrcPod, f.Src.Addr().String()), cmp.Or(f.DstPod, f.Dst.Addr().String()),
-			FlowView{Protocol: f.Protocol, Port: f.Dst.Port()}.service(), orDash(f.Policy))
+		at := "-"
+		if !f.At.IsZero() {
+			at = f.At.UTC().Format("15:04:05.000")
+		}
+		t.add(at, f.Verdict, cmp.Or(f.SrcPod, f.Src.Addr().String()), cmp.Or(f.DstPod, f.Dst.Addr().String()),
+			orDash(FlowView{Protocol: f.Protocol, Port: f.Dst.Port()}.service()), orDash(f.Policy))
 	}
 	if len(list) == 0 {
 		_, err := fmt.Fprintln(w, "No connection has been seen.")

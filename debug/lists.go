@@ -1,6 +1,7 @@
 package debug
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/nftcni/nftcni/agent"
+	"github.com/nftcni/nftcni/cni"
 	"github.com/nftcni/nftcni/policy"
 )
 
@@ -35,7 +37,7 @@ func (s *session) podsCommand() *cobra.Command {
 		Example: "  nftcni debug pods\n  nftcni debug pods --all -o yaml",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			pods, err := s.pods(cmd, all)
+			pods, err := s.pods(cmd.Context(), all, noticeTo(cmd))
 			if err != nil {
 				return err
 			}
@@ -47,23 +49,35 @@ func (s *session) podsCommand() *cobra.Command {
 	return cmd
 }
 
-// pods are the agent's, or those of its snapshot file, which knows no interfaces.
-func (s *session) pods(cmd *cobra.Command, all bool) ([]agent.Pod, error) {
+// pods are the agent's, or those of its snapshot file, which knows no interfaces: those
+// are in the attachments.
+func (s *session) pods(ctx context.Context, all bool, notice func(string)) ([]agent.Pod, error) {
 	var pods []agent.Pod
 	path := agent.PathPods
 	if !all {
 		path += "?local=1"
 	}
-	err := s.get(cmd.Context(), path, &pods)
+	err := s.get(ctx, path, &pods)
 	if !errors.Is(err, errNoAgent) {
 		return pods, err
 	}
-	snap, err := s.snapshot(cmd.Context(), noticeTo(cmd))
+	snap, err := s.left(err, notice)
 	if err != nil {
 		return nil, err
 	}
+	interfaces := map[string][]string{}
+	list, _ := cni.Attachments(s.runDir) // doctor tells of records that cannot be read
+	for _, a := range list {
+		pod := a.Namespace + "/" + a.Pod
+		interfaces[pod] = append(interfaces[pod], a.HostInterface)
+	}
 	for _, p := range snap.Cluster.Pods {
-		pods = append(pods, agent.Pod{Pod: p, Local: p.Node == snap.Node})
+		local := p.Node == snap.Node
+		one := agent.Pod{Pod: p, Local: local}
+		if local {
+			one.Interfaces = interfaces[p.Name.String()]
+		}
+		pods = append(pods, one)
 	}
 	return pods, nil
 }
@@ -125,14 +139,26 @@ func (s *session) policiesCommand() *cobra.Command {
 		Example: "  nftcni debug policies\n  nftcni debug policies -o json | jq '.[] | select(.localPods == 0)'",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var list []agent.Policy
-			if err := s.get(cmd.Context(), agent.PathPolicies, &list); err != nil {
+			rows, err := s.policies(cmd.Context(), noticeTo(cmd))
+			if err != nil {
 				return err
 			}
-			rows := policyRows(list)
 			return s.print(cmd, rows, func(w io.Writer) error { return writePolicies(w, rows) })
 		},
 	}
+}
+
+// policies are the agent's, or those of its snapshot file.
+func (s *session) policies(ctx context.Context, notice func(string)) ([]PolicyRow, error) {
+	var list []agent.Policy
+	err := s.get(ctx, agent.PathPolicies, &list)
+	if errors.Is(err, errNoAgent) {
+		var snap agent.Snapshot
+		if snap, err = s.left(err, notice); err == nil {
+			list = snap.Policies()
+		}
+	}
+	return policyRows(list), err
 }
 
 func policyRows(list []agent.Policy) []PolicyRow {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -19,21 +21,47 @@ import (
 // snapshot is the cluster as the agent knows it, or as its snapshot file tells when no
 // agent answers; notice is told about the latter.
 func (s *session) snapshot(ctx context.Context, notice func(string)) (agent.Snapshot, error) {
+	if s.shared != nil {
+		return s.shared.snapshot(notice)
+	}
 	var snap agent.Snapshot
 	err := s.get(ctx, agent.PathSnapshot, &snap)
-	if err == nil || !errors.Is(err, errNoAgent) {
+	if !errors.Is(err, errNoAgent) {
 		return snap, err
 	}
-	snap, fileErr := agent.ReadSnapshotFile(s.runDir)
-	if errors.Is(fileErr, fs.ErrNotExist) {
-		return snap, fmt.Errorf("%w; there is no snapshot file of it either", err)
+	return s.left(err, notice)
+}
+
+// left is the snapshot file, in place of an agent that answered with noAgent.
+func (s *session) left(noAgent error, notice func(string)) (agent.Snapshot, error) {
+	snap, err := agent.ReadSnapshotFile(s.runDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return snap, fmt.Errorf("%w; there is no snapshot file of it either (%s)", noAgent, filepath.Join(s.runDir, agent.SnapshotName))
 	}
-	if fileErr != nil {
-		return snap, errors.Join(err, fileErr)
+	if err != nil {
+		return snap, errors.Join(noAgent, err)
 	}
-	notice(fmt.Sprintf("the agent does not answer: this is from its snapshot of %s (%s ago); the kernel's part is of now",
-		snap.At.UTC().Format(time.RFC3339), time.Since(snap.At).Round(time.Second)))
+	notice(fromFile(snap))
 	return snap, nil
+}
+
+// fromFile says that an answer is from the snapshot file.
+func fromFile(snap agent.Snapshot) string {
+	return fmt.Sprintf("the agent does not answer: this is from its snapshot of %s (%s ago); the kernel's part is of now",
+		snap.At.UTC().Format(time.RFC3339), age(time.Since(snap.At)))
+}
+
+// age is a duration as people say it: "42s", "3m", "5h", "2d".
+func age(d time.Duration) string {
+	switch {
+	case d < 2*time.Minute:
+		return strconv.Itoa(max(0, int(d.Seconds()))) + "s"
+	case d < 2*time.Hour:
+		return strconv.Itoa(int(d.Minutes())) + "m"
+	case d < 48*time.Hour:
+		return strconv.Itoa(int(d.Hours())) + "h"
+	}
+	return strconv.Itoa(int(d.Hours()/24)) + "d"
 }
 
 // noticeTo says something on standard error, so that -o json stays parseable.
@@ -100,12 +128,13 @@ func (s *session) policyNames(cmd *cobra.Command, prefix, toComplete string) ([]
 
 // names finds who owns an address, for many questions.
 type names struct {
+	node   string
 	oracle *policy.Oracle
 	nodes  map[netip.Addr]string
 }
 
 func newNames(snap agent.Snapshot) names {
-	n := names{oracle: policy.NewOracle(snap.Cluster, snap.Node), nodes: map[netip.Addr]string{}}
+	n := names{node: snap.Node, oracle: policy.NewOracle(snap.Cluster, snap.Node), nodes: map[netip.Addr]string{}}
 	for _, node := range snap.Cluster.Nodes {
 		for _, a := range node.Addrs {
 			n.nodes[a] = "node " + node.Name

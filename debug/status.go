@@ -1,6 +1,8 @@
 package debug
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -16,6 +18,10 @@ import (
 type statusAnswer struct {
 	agent.Status
 	PolicyList []PolicyRow `json:"policyList"`
+	// SnapshotAt is when the agent that no longer answers wrote this, and Table what the
+	// kernel enforces of it now.
+	SnapshotAt time.Time `json:"snapshotAt,omitzero"`
+	Table      string    `json:"table,omitempty"`
 }
 
 func (s *session) statusCommand() *cobra.Command {
@@ -23,22 +29,51 @@ func (s *session) statusCommand() *cobra.Command {
 		Use:   "status",
 		Short: "Show whether this node enforces, since when, and how long changes take",
 		Long: "Show whether this node enforces, what it holds, how long changes took from the event to\n" +
-			"the kernel's acknowledgement, and each policy's generation in force.",
+			"the kernel's acknowledgement, and each policy's generation in force. Without an agent it\n" +
+			"shows what the last one left, and whether the kernel's table is there.",
 		Example: "  nftcni debug status\n  nftcni debug status -o json | jq .lastCommit",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var st statusAnswer
-			if err := s.get(cmd.Context(), agent.PathStatus, &st.Status); err != nil {
+			st, err := s.status(cmd.Context(), noticeTo(cmd))
+			if err != nil {
 				return err
 			}
-			var list []agent.Policy
-			if err := s.get(cmd.Context(), agent.PathPolicies, &list); err != nil {
-				return err
-			}
-			st.PolicyList = policyRows(list)
 			return s.print(cmd, st, func(w io.Writer) error { return writeStatus(w, st) })
 		},
 	}
+}
+
+func (s *session) status(ctx context.Context, notice func(string)) (statusAnswer, error) {
+	var st statusAnswer
+	err := s.get(ctx, agent.PathStatus, &st.Status)
+	var list []agent.Policy
+	if err == nil {
+		err = s.get(ctx, agent.PathPolicies, &list)
+	}
+	if !errors.Is(err, errNoAgent) {
+		st.PolicyList = policyRows(list)
+		return st, err
+	}
+	snap, err := s.left(err, notice)
+	if err != nil {
+		return st, err
+	}
+	if snap.Status != nil { // older agents did not write it
+		st.Status = *snap.Status
+	}
+	st.Node, st.SnapshotAt, st.PolicyList = snap.Node, snap.At, policyRows(snap.Policies())
+	st.Ready, st.Reason = false, "the agent does not run: no pod can start, no change of policy arrives; start it (systemctl start nftcni-agent)"
+	st.Table = tableText(checkTable(ctx, false))
+	return st, nil
+}
+
+// tableText is the doctor's finding about the table on one line.
+func tableText(list []Finding) string {
+	f := list[0]
+	if f.Health == Healthy {
+		return "in force in the kernel: " + f.Found
+	}
+	return f.Found
 }
 
 func writeStatus(w io.Writer, st statusAnswer) error {
@@ -48,6 +83,9 @@ func writeStatus(w io.Writer, st statusAnswer) error {
 		ready = "no: " + st.Reason
 	}
 	t.add("ready", ready)
+	if st.Table != "" {
+		t.add("table", st.Table)
+	}
 	t.add("network", string(st.Network))
 	t.add("generation", strconv.FormatUint(uint64(st.Generation), 10))
 	t.add("objects", strings.Join([]string{plural(st.Namespaces, "namespace"), plural(st.Pods, "pod"),

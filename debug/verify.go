@@ -27,6 +27,8 @@ type Verification struct {
 	WrongCount int      `json:"wrongCount"`
 	Seed       uint64   `json:"seed"`
 	Millis     int64    `json:"millis"`
+
+	have policy.Tables
 }
 
 func (s *session) verifyCommand() *cobra.Command {
@@ -64,25 +66,34 @@ func (s *session) verifyCommand() *cobra.Command {
 
 func (s *session) verify(ctx context.Context, flows int, seed uint64, notice func(string)) (Verification, error) {
 	began := time.Now()
-	v := Verification{Seed: seed}
 	snap, err := s.snapshot(ctx, notice)
+	if err != nil {
+		return Verification{}, err
+	}
+	v, err := verifySnapshot(ctx, snap)
 	if err != nil {
 		return v, err
 	}
+	v.Seed = seed
+	v.probe(snap, v.have, flows, rand.New(rand.NewPCG(seed, 0)))
+	v.Millis = time.Since(began).Milliseconds()
+	return v, nil
+}
+
+// verifySnapshot compares the kernel's table with a compilation of the snapshot.
+func verifySnapshot(ctx context.Context, snap agent.Snapshot) (Verification, error) {
+	var v Verification
 	r, err := nft.NewReader(ctx, nft.Options{})
 	if err != nil {
 		return v, fmt.Errorf("read the kernel's table: %w", err)
 	}
 	defer func() { _ = r.Close() }()
-	have, err := r.Tables(ctx)
-	if err != nil {
+	if v.have, err = r.Tables(ctx); err != nil {
 		return v, err
 	}
 	want := policy.Compile(snap.Cluster, snap.Node).Tables
-	v.Elements, v.Want = len(have), len(want)
-	v.Equal = len(have) == len(want) && policy.Canonical(have) == policy.Canonical(want)
-	v.probe(snap, have, flows, rand.New(rand.NewPCG(seed, 0)))
-	v.Millis = time.Since(began).Milliseconds()
+	v.Elements, v.Want = len(v.have), len(want)
+	v.Equal = len(v.have) == len(want) && policy.Canonical(v.have) == policy.Canonical(want)
 	return v, nil
 }
 

@@ -2,8 +2,10 @@ package debug
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/url"
 	"strconv"
 	"time"
@@ -28,7 +30,9 @@ func (s *session) waitCommand() *cobra.Command {
 		Long: "Return when the kernel on this node enforces a generation of a policy (metadata.generation):\n" +
 			"that of --generation; else, with --kubeconfig, the one that a fresh read of the API server\n" +
 			"returns; else any. Policies from manifests count no generations.\n\n" +
-			"Exit status 1: the time is over.",
+			"Without an agent nothing can come into force: it answers at once whether the kernel's table\n" +
+			"still is what the agent's last snapshot says and holds that generation.\n\n" +
+			"Exit status 1: the time is over, or no agent runs and the generation is not in force.",
 		Example: "  nftcni debug wait policy shop/db\n  nftcni debug wait policy shop/db --generation 3 --timeout 10s\n" +
 			"  nftcni debug wait policy shop/db --kubeconfig /etc/nftcni/kubeconfig\n  nftcni debug wait policy shop/db --deleted",
 		Args:              cobra.ExactArgs(2),
@@ -37,7 +41,7 @@ func (s *session) waitCommand() *cobra.Command {
 			if args[0] != "policy" {
 				return fmt.Errorf("%q: it can wait for a policy only: wait policy NAMESPACE/NAME", args[0])
 			}
-			e, err := s.wait(cmd.Context(), args[1], fl)
+			e, err := s.wait(cmd.Context(), args[1], fl, noticeTo(cmd))
 			if err != nil {
 				return err
 			}
@@ -62,7 +66,7 @@ func writeEnforced(w io.Writer, e agent.Enforced, deleted bool) error {
 	return err
 }
 
-func (s *session) wait(ctx context.Context, name string, fl waitFlags) (agent.Enforced, error) {
+func (s *session) wait(ctx context.Context, name string, fl waitFlags, notice func(string)) (agent.Enforced, error) {
 	ctx, cancel := context.WithTimeout(ctx, fl.timeout)
 	defer cancel()
 	want := fl.generation
@@ -72,16 +76,19 @@ func (s *session) wait(ctx context.Context, name string, fl waitFlags) (agent.En
 			return agent.Enforced{}, err
 		}
 	}
-	q := url.Values{"policy": {name}, "generation": {strconv.FormatInt(want, 10)}, "wait": {"1"}}
+	q := url.Values{"policy": {name}, "generation": {strconv.FormatInt(want, 10)}}
 	if fl.deleted {
 		q.Set("gone", "1")
 	}
 	var e agent.Enforced
-	for {
+	for ; ; q.Set("wait", "1") { // the first answer comes at once: it is what is said when the time is over
 		got := agent.Enforced{}
 		err := s.get(ctx, agent.PathEnforced+"?"+q.Encode(), &got)
 		if ctx.Err() != nil {
 			return e, fmt.Errorf("waiting %v for policy %s: %s (nftcni debug status says whether the agent follows)", fl.timeout, name, waitState(e))
+		}
+		if errors.Is(err, errNoAgent) {
+			return s.stillEnforced(ctx, name, want, fl.deleted, err, notice)
 		}
 		if err != nil {
 			return e, err
@@ -91,6 +98,38 @@ func (s *session) wait(ctx context.Context, name string, fl waitFlags) (agent.En
 			return e, nil
 		}
 	}
+}
+
+// stillEnforced answers without an agent: the snapshot file says what was put in force,
+// and the kernel's table must be what a compilation of it gives.
+func (s *session) stillEnforced(ctx context.Context, name string, want int64, deleted bool, noAgent error, notice func(string)) (agent.Enforced, error) {
+	e := agent.Enforced{Policy: name}
+	snap, err := s.left(noAgent, notice)
+	if err != nil {
+		return e, err
+	}
+	for _, x := range snap.Enforced {
+		if x.Policy == name {
+			e = x
+		}
+	}
+	v, err := verifySnapshot(ctx, snap)
+	if err == nil && !v.Equal { // elements that nothing needs may be left over
+		v.probe(snap, v.have, 0, rand.New(rand.NewPCG(1, 0)))
+	}
+	switch {
+	case err != nil:
+		return e, fmt.Errorf("%w; and the kernel's table cannot be read: %w", noAgent, err)
+	case v.WrongCount > 0:
+		return e, fmt.Errorf("%w; and the kernel's table decides otherwise than its last snapshot says (nftcni debug verify)", noAgent)
+	case deleted && e.InForce:
+		return e, fmt.Errorf("%w; the kernel enforces policy %s until an agent runs", noAgent, name)
+	case !deleted && !e.InForce:
+		return e, fmt.Errorf("%w; the last one enforced no policy %s", noAgent, name)
+	case !deleted && e.Generation < want:
+		return e, fmt.Errorf("%w; the kernel enforces generation %d of policy %s, not %d, until an agent runs", noAgent, e.Generation, name, want)
+	}
+	return e, nil
 }
 
 func waitState(e agent.Enforced) string {
