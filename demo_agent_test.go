@@ -60,8 +60,11 @@ func newRedisNode(t *testing.T, ownTable bool) *redisNode {
 		t.Fatal(err)
 	}
 	n := &redisNode{demoNode: node}
-	for name, end := range map[string]**endpoint{"redis": &n.redis, "nodejs": &n.nodejs, "php": &n.php} {
-		if *end, err = node.attach(t.Context(), node.network, "shop", name); err != nil {
+	for _, pod := range []struct { // in this order, so that each has the same address in every run
+		name string
+		end  **endpoint
+	}{{"redis", &n.redis}, {"nodejs", &n.nodejs}, {"php", &n.php}} {
+		if *pod.end, err = node.attach(t.Context(), node.network, "shop", pod.name); err != nil {
 			t.Fatal(err)
 		}
 	}

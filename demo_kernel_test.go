@@ -40,6 +40,9 @@ func inFreshNode(t *testing.T, f func(*testing.T)) {
 	}
 	only := "^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$"
 	args := []string{"-test.run=" + only, "-test.v", "-test.timeout=5m"}
+	if *update {
+		args = append(args, "-update")
+	}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), insideNode+"="+t.Name())
 	cmd.SysProcAttr = nodeNamespaces()

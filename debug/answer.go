@@ -77,7 +77,9 @@ type Considered struct {
 
 // KernelSide is one direction by the kernel's tables.
 type KernelSide struct {
-	Judged   bool     `json:"judged"`
+	Judged bool `json:"judged"`
+	// Exempt: the ruleset lets it pass before it looks at these elements.
+	Exempt   bool     `json:"exempt,omitempty"`
 	Allowed  bool     `json:"allowed"`
 	Profile  string   `json:"profile,omitempty"`
 	Identity string   `json:"identity,omitempty"`
@@ -207,6 +209,9 @@ func (s Side) kernelText() string {
 	text := "not judged (no profile)"
 	if s.Node != "" && s.Agree {
 		return "node " + s.Node + " judges"
+	}
+	if k.Exempt {
+		return "exempt: passes before policy is asked"
 	}
 	if k.Judged {
 		text = fmt.Sprintf("%s by %s (profile %s, identity %s, class %s)", allowDeny(k.Allowed), k.decidedBy, orDash(k.Profile), orDash(k.Identity), orDash(k.Class))

@@ -22,7 +22,7 @@ type endpoint struct {
 
 // Addresses that stand for "world": documentation ranges (RFC 5737, RFC 3849). A policy
 // that names them names them on purpose.
-var world = []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8::1")}
+var world = []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:ffff:ffff::1")}
 
 // resolve reads what the user typed: an address, world, namespace/pod, or a pod's name
 // when only one namespace has it.
@@ -98,9 +98,10 @@ func parseService(arg string) (service, error) {
 	known := map[string]policy.Protocol{"tcp": policy.TCP, "udp": policy.UDP, "sctp": policy.SCTP, "icmp": policy.ICMP, "icmpv6": policy.ICMPv6}
 	p, ok := known[strings.ToLower(name)]
 	if !ok {
-		n, err := strconv.ParseUint(name, 10, 8)
-		if err != nil || has {
-			return service{}, fmt.Errorf("%q: it takes TCP/PORT, UDP/PORT, SCTP/PORT, ICMP, ICMP/TYPE or a protocol number", arg)
+		// A bare number would be taken for a port by whoever writes it.
+		n, err := strconv.ParseUint(number, 10, 8)
+		if err != nil || !strings.EqualFold(name, "ip") {
+			return service{}, fmt.Errorf("%q: it takes TCP/PORT, UDP/PORT, SCTP/PORT, ICMP, ICMP/TYPE, or IP/NUMBER for another protocol", arg)
 		}
 		return service{protocol: policy.Protocol(n)}, nil
 	}

@@ -83,7 +83,7 @@ func TestParseService(t *testing.T) {
 		{arg: "udp/65535", want: service{protocol: policy.UDP, port: 65535}},
 		{arg: "ICMP", want: service{protocol: policy.ICMP, echo: true}},
 		{arg: "ICMP/3", want: service{protocol: policy.ICMP, port: 3 << 8}},
-		{arg: "47", want: service{protocol: 47}},
+		{arg: "IP/47", want: service{protocol: 47}},
 		{arg: "TCP/0", err: "a port of 1 to 65535"},
 		{arg: "TCP/http", err: "a port of 1 to 65535"},
 		{arg: "TCP/70000", err: "a port of 1 to 65535"},

@@ -231,6 +231,7 @@ func (s *Side) compare(k policy.TableDecision) {
 	case s.Node != "" || reason == policy.NotLocal:
 		s.Agree = !k.Judged
 	case reason == policy.SamePod || reason == policy.OwnNode:
+		s.Kernel.Exempt = true
 	default:
 		s.Agree = k.Allowed == (s.oracle.Action == policy.Allow)
 	}
