@@ -71,6 +71,7 @@ func Run(ctx context.Context, o Options) error {
 	keepSocket(o, table)
 	l := newLoop(o.Config, o.Log, table)
 	l.waitForPods, l.mesh = o.WaitForPods, routes
+	l.inv.unlabelled.mirrors = o.WaitForPods
 	if routes != nil {
 		routes.publishKey = o.PublishKey
 	}

@@ -41,7 +41,9 @@ type attachAnswer struct {
 }
 
 // attach binds a and puts its pod's policy in force; it answers after the kernel's ACK.
-// With an API server it waits, at most cfg.PodWait, until the source lists the pod.
+// With an API server it waits, at most cfg.PodWait, until the source lists the pod. A static
+// pod is taken without its mirror after that time, and at once while the last known objects
+// are in force.
 func (l *loop) attach(ctx context.Context, a cni.Attachment) (cni.AttachResponse, *cni.Error) {
 	began := time.Now()
 	if err := checkAttachment(a); err != nil {
@@ -63,9 +65,9 @@ func (l *loop) attach(ctx context.Context, a cni.Attachment) (cni.AttachResponse
 		case got := <-w.answer:
 			return cni.AttachResponse{Generation: got.receipt.Generation, Micros: time.Since(began).Microseconds()}, got.err
 		case <-wait.C:
-			_ = l.send(ctx, func(*batch) { l.giveUp(w) })
+			_ = l.send(ctx, func(b *batch) { l.waited(b, w) })
 		case <-ctx.Done():
-			_ = l.send(context.WithoutCancel(ctx), func(b *batch) { l.giveUp(w) })
+			_ = l.send(context.WithoutCancel(ctx), func(*batch) { l.giveUp(w) })
 			return cni.AttachResponse{}, tryAgain("attach %s: %v", podName(a), ctx.Err())
 		}
 	}
@@ -116,7 +118,7 @@ func usable(a netip.Addr) bool {
 // admitOrWait admits w when its pod is known or need not be.
 func (l *loop) admitOrWait(b *batch, w *attachWork) {
 	a := w.attachment
-	if l.live && (!l.waitForPods || a.Pod == "" || l.inv.knows(a)) {
+	if l.live && (!l.waitForPods || a.Pod == "" || l.inv.knows(a)) || l.loaded && !l.live && isStatic(a) {
 		l.admitOne(b, w)
 		return
 	}
@@ -190,17 +192,35 @@ func (w *attachWork) done(r nft.Receipt, err error) {
 	w.answer <- attachAnswer{receipt: r}
 }
 
-// giveUp answers w if it still waits for its pod.
-func (l *loop) giveUp(w *attachWork) {
+// stopWaiting reports whether w still waited for its pod.
+func (l *loop) stopWaiting(w *attachWork) bool {
 	n := podName(w.attachment)
 	i := slices.Index(l.waiting[n], w)
 	if i < 0 {
-		return
+		return false
 	}
 	l.waiting[n] = slices.Delete(l.waiting[n], i, i+1)
 	if len(l.waiting[n]) == 0 {
 		delete(l.waiting, n)
 	}
+	return true
+}
+
+// waited ends the wait of w after cfg.PodWait.
+func (l *loop) waited(b *batch, w *attachWork) {
+	if !l.loaded || !isStatic(w.attachment) {
+		l.giveUp(w)
+	} else if l.stopWaiting(w) {
+		l.admitOne(b, w)
+	}
+}
+
+// giveUp refuses w if it still waits for its pod.
+func (l *loop) giveUp(w *attachWork) {
+	if !l.stopWaiting(w) {
+		return
+	}
+	n := podName(w.attachment)
 	if !l.synced {
 		w.refuse(tryAgain("attach %s: %v", n, errNotSynced))
 		return
@@ -214,9 +234,10 @@ func (l *loop) bound(ctx context.Context, a cni.Attachment) *cni.Error {
 	missing := ""
 	err := l.do(ctx, func() {
 		old := l.inv.attached[a.HostInterface]
+		isReady, why := l.ready()
 		switch {
-		case !l.synced || l.broken != nil:
-			_, missing = l.ready()
+		case !isReady:
+			missing = why
 		case old == nil:
 			missing = "the agent knows no such attachment"
 		case !sameAttachment(old.Attachment, a):

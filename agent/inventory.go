@@ -25,6 +25,7 @@ type inventory struct {
 	byPod      map[policy.Name][]*attachment
 	holders    map[netip.Addr]string         // address -> host interface it is bound to
 	emitted    map[policy.Name][]policy.Name // engine pods made for a name with attachments
+	unlabelled unlabelled
 }
 
 // attachment is a cni.Attachment with the pod it was last joined with: when the API's
@@ -47,6 +48,7 @@ func (v *inventory) clear() {
 	v.nodes = map[string]*policy.Node{}
 	v.policies = map[policy.PolicyID]*policy.Policy{}
 	v.emitted = map[policy.Name][]policy.Name{}
+	v.unlabelled.told = nil
 }
 
 // podName is the name an attachment is joined by. Without CNI_ARGS of Kubernetes it is
@@ -57,6 +59,14 @@ func podName(a cni.Attachment) policy.Name {
 
 // apply records one event of the source and returns the engine's events it means.
 func (v *inventory) apply(e policy.Event) []policy.Event {
+	events := v.applyObject(e)
+	if e.Namespace != nil || e.Policy != nil {
+		events = append(events, v.isolateUnlabelled()...)
+	}
+	return events
+}
+
+func (v *inventory) applyObject(e policy.Event) []policy.Event {
 	switch {
 	case e.Namespace != nil:
 		put(v.namespaces, e.Namespace.Name, e.Namespace, e.Delete)
@@ -106,6 +116,7 @@ func (v *inventory) detach(hostInterface string) []policy.Event {
 	}
 	n := podName(at.Attachment)
 	delete(v.attached, hostInterface)
+	v.unlabelled.set(at, false)
 	for _, addr := range at.Addresses {
 		delete(v.holders, addr)
 	}
@@ -149,7 +160,7 @@ func (v *inventory) podEvents(n policy.Name) []policy.Event {
 		}
 	}
 	v.remember(n, pods)
-	return events
+	return append(events, v.isolateUnlabelled()...)
 }
 
 func (v *inventory) remember(n policy.Name, pods []policy.Pod) {
@@ -165,7 +176,8 @@ func (v *inventory) remember(n policy.Name, pods []policy.Pod) {
 // join returns the engine's pods for a name: the current pod with the addresses of its
 // attachments, and one for each attachment of an earlier pod of that name.
 func (v *inventory) join(n policy.Name) []policy.Pod {
-	src, atts := v.pods[n], v.byPod[n]
+	src := v.pods[n]
+	atts, out := v.labelled(n, src)
 	var current policy.Pod
 	switch {
 	case src != nil:
@@ -173,14 +185,13 @@ func (v *inventory) join(n policy.Name) []policy.Pod {
 	case len(atts) > 0:
 		current = v.unlisted(n, atts[len(atts)-1])
 	default:
-		return nil
+		return out
 	}
-	if len(atts) > 0 {
+	if len(v.byPod[n]) > 0 {
 		current.Addrs = nil // only what the kernel holds
 	} else if v.foreign(&current) {
 		current.Node = "" // a peer by its address, but not ours to enforce on
 	}
-	var out []policy.Pod
 	for _, at := range atts {
 		if stale(at.Attachment, current) {
 			out = append(out, v.stalePod(n, at))
@@ -258,6 +269,10 @@ func (v *inventory) cluster() *policy.Cluster {
 			v.remember(n, pods)
 			c.Pods = append(c.Pods, pods...)
 		}
+	}
+	v.isolateUnlabelled()
+	for _, i := range v.unlabelled.told {
+		c.Namespaces, c.Policies = append(c.Namespaces, *i.namespace), append(c.Policies, *i.policy)
 	}
 	return c
 }

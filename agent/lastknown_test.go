@@ -154,7 +154,7 @@ func TestLastKnownInForce(t *testing.T) {
 		if len(table.bindings) != 1 || !table.isolated("10.0.0.1") || served != 0 {
 			t.Errorf("bindings %v, isolated %v, served %d times", table.bindings, table.isolated("10.0.0.1"), served)
 		}
-		if s, err := l.status(ctx); err != nil || s.Ready || len(s.Problems) != 1 || !strings.Contains(s.Problems[0].Effect, "2026-01-02T03:04:05Z") {
+		if s, err := l.status(ctx); err != nil || !s.Ready || len(s.Problems) != 1 || !strings.Contains(s.Problems[0].Effect, "2026-01-02T03:04:05Z") {
 			t.Errorf("status %v, %v: %+v", err, s.Ready, s.Problems)
 		}
 		select {

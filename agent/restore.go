@@ -9,7 +9,7 @@ import (
 )
 
 // restore puts the last known objects in force while the source is unknown. Attachments
-// wait all the same: the file cannot know their pods.
+// wait all the same, except those of static pods: the file cannot know their pods.
 //
 // A table with bindings was written by a predecessor after the file was, so it stays as
 // it is; the objects are kept in case somebody deletes it.
@@ -33,8 +33,9 @@ func (l *loop) restore(ctx context.Context, b *batch, k *lastKnown) {
 	l.log.Warn("the source does not answer: the last known objects are in force", "at", age, "objects", len(k.objects))
 	c := k.cluster()
 	l.load(b, c)
+	l.admit(b)
 	l.note(k8s.Problem{Severity: k8s.Warning, Message: "the source of the objects has not answered since the agent started",
-		Effect: fmt.Sprintf("the objects of %s are in force; new pods wait", age), Remedy: sourceRemedy})
+		Effect: fmt.Sprintf("the objects of %s are in force; new pods wait, static pods start with unknown labels", age), Remedy: sourceRemedy})
 }
 
 const sourceRemedy = "check the API server's address and that it runs"

@@ -197,9 +197,7 @@ func (l *loop) ready() (bool, string) {
 	switch {
 	case l.broken != nil:
 		return false, "the kernel's table could not be brought in line: " + l.broken.Error()
-	case !l.synced && l.loaded && !l.live:
-		return false, errNotSynced.Error() + "; the last known objects are in force"
-	case !l.synced:
+	case !l.synced && (!l.loaded || l.live): // else static pods can start by the last known objects
 		return false, errNotSynced.Error()
 	}
 	return true, ""
