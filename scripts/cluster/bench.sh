@@ -1,17 +1,16 @@
 # Sourced by scripts/cluster-test: a cluster on this machine (../shared/cluster, or where
-# CLUSTER_BENCH says) with nftcni in it, in one of two forms.
+# CLUSTER_BENCH says) with nftcni in it, in the form that --form names.
 
-bench=${CLUSTER_BENCH:-$(cd .. && pwd)/shared/cluster}
-export BENCH_DIR=${BENCH_DIR:-${TMPDIR:-/tmp}/kb-bench} BENCH_FAMILY=$family
 # Folders that nftcni writes and that the bench's nodes would otherwise share with the machine.
 private_dirs="/var/lib/nftcni /etc/nftcni /usr/local/bin /etc/systemd /etc/NetworkManager /etc/sysctl.d"
 
 bench_up() {
+  bench=${CLUSTER_BENCH:-$(cd .. && pwd)/shared/cluster}
+  export BENCH_DIR=${BENCH_DIR:-${TMPDIR:-/tmp}/kb-bench} BENCH_FAMILY=$family
   [ -x "$bench/up" ] && [ -x "$BENCH_DIR/bin/kubelet" ] || {
     echo "no test cluster here: set CLUSTER_BENCH to the bench's scripts and BENCH_DIR to where its 'build' put the binaries, or KUBECONFIG to a cluster of yours" >&2
     exit 2
   }
-  work=$(mktemp -d)
   if [ "${REUSE:-0}" = 1 ]; then # a cluster that KEEP=1 left
     KEEP=1 NFTCNI=$work/nftcni
     trap 'rm -rf "$work"' EXIT
@@ -46,7 +45,7 @@ bench_up() {
   esac
   "$bench/up" "$nodes" 2>&1 | sed 's/^/  /'
   if [ "$form" = daemonset ]; then
-    k apply -f deploy/nftcni.yaml
+    k apply -f deploy/nftcni.yaml >/dev/null
     # Pods of the network itself find the API server without a Service.
     k -n kube-system rollout status ds/nftcni --timeout=120s
     k wait --for=condition=Ready node --all --timeout=120s
@@ -61,7 +60,8 @@ bench_down() {
     return
   fi
   BENCH_KEEP_LOGS=${BENCH_KEEP_LOGS-} "$bench/down" >/dev/null 2>&1
-  for d in "${bench_made[@]}"; do rmdir "$d" 2>/dev/null; done
+  # A folder that goes takes what another bench has mounted on it along.
+  pgrep -f machine-init >/dev/null || for d in "${bench_made[@]}"; do rmdir "$d" 2>/dev/null; done
   rm -rf "$work"
 }
 
@@ -79,6 +79,3 @@ upgrade() {
     until on "$n" /opt/cni/bin/nftcni agent ready >/dev/null 2>&1; do sleep 0.2; done
   done
 }
-
-k() { "$bench/kubectl" "$@"; }
-on() { "$bench/x" "$@"; }
