@@ -8,10 +8,8 @@ import (
 
 // Adopt tells the engine what the kernel holds from a predecessor. It must come before
 // the first Replace, which then keeps every number whose content is still right: with
-// the same cluster its delta is empty, otherwise it holds the difference. Unlike every
-// other delta, that one knows the old policy only by its numbers: between its steps a
-// flow whose pods changed class while no engine ran may be judged by old profiles and
-// new identities.
+// the same cluster its delta is empty, otherwise it holds the difference, in steps that
+// are as exact as those of any other delta.
 func (e *Engine) Adopt(kernel Tables) { e.adopted = kernel }
 
 // adoption matches the numbers of an engine that compiled from scratch with a kernel's.
@@ -24,12 +22,24 @@ type adoption struct {
 	identities map[*identity]uint32
 	byIdentity map[uint32]*identity
 	profiles   map[*profile]uint32
+
+	// The way from the kernel's to the engine's, see transition.go.
+	ranges    []rangeValue // of the kernel
+	pieces    []netRange
+	shifts    []shift
+	renamings map[renaming]bool // true: some address is local
+	contents  map[uint32]*class
+	crossings []crossing
+	left      []uint32 // profiles that some crossing leaves
+	opposite  opposition
+	targets   map[targetKey]*identity
+	sources   map[*identity]uint32 // what those that left profiles do not know come from
 }
 
 func (e *Engine) adopt() Delta {
 	a := &adoption{
 		e: e, kernel: e.adopted, spans: map[uint32][]span{}, classes: map[string]uint32{}, rows: map[uint32]map[uint32]uint32{},
-		byIdentity: map[uint32]*identity{},
+		byIdentity: map[uint32]*identity{}, contents: map[uint32]*class{}, targets: map[targetKey]*identity{}, sources: map[*identity]uint32{},
 	}
 	e.adopted = nil
 	e.settle()
@@ -45,8 +55,11 @@ func (e *Engine) adopt() Delta {
 			delete(a.profiles, p)
 		}
 	}
+	a.findShifts()
+	a.chooseProfiles()
 	a.renumber()
-	return a.difference()
+	a.applyShifts()
+	return a.steps()
 }
 
 // read gathers the kernel's classes and rows.
@@ -67,10 +80,12 @@ func (a *adoption) read() {
 			a.rows[k.X][k.Y] = v
 		}
 	}
-	for n, r := range rest {
-		slices.SortFunc(a.spans[n], func(x, y span) int {
+	for _, spans := range a.spans {
+		slices.SortFunc(spans, func(x, y span) int {
 			return cmp.Or(cmp.Compare(x.protocol, y.protocol), cmp.Compare(x.first, y.first))
 		})
+	}
+	for n, r := range rest {
 		key := classKey(uint8(r), a.spans[n])
 		if old, ok := a.classes[key]; !ok || n < old {
 			a.classes[key] = n
@@ -270,72 +285,9 @@ func (a *adoption) renumberProfiles(d Direction) {
 	})
 }
 
-// difference is the delta from the kernel's elements to the engine's.
-func (a *adoption) difference() Delta {
-	want := make(map[Key]Element, len(a.kernel))
-	a.e.elements(func(el Element) { want[el.Key] = el })
-	stage := map[Map]*[2][]Op{} // removed, added or changed
-	for m := PodID; m <= AccessRest; m++ {
-		stage[m] = &[2][]Op{}
-	}
-	for k, v := range a.kernel {
-		if w, ok := want[k]; !ok || w.Value != v {
-			stage[k.Map][0] = append(stage[k.Map][0], remove(k, v))
-		}
-	}
-	for k, w := range want {
-		if v, ok := a.kernel[k]; !ok || v != w.Value {
-			stage[k.Map][1] = append(stage[k.Map][1], Op{Element: w})
-		}
-	}
-	var d Delta
-	limit := a.e.maxStep
-	for _, m := range []Map{AccessPort, AccessRange, AccessRest, AccessOthers, Access} {
-		d.add(limit, sortedOps(stage[m][1]))
-		d.Drops = append(d.Drops, sortedOps(stage[m][0])...)
-	}
-	d.addRanges(limit, slices.Concat(stage[NetID][0], stage[NetID][1]))
-	d.add(limit, sortedOps(slices.Concat(stage[PodID][0], stage[PodID][1])))
-	for _, dir := range Directions {
-		member := isolatedSet(dir)
-		d.add(limit, sortedOps(stage[member][0]))
-		d.add(limit, sortedOps(slices.Concat(stage[profileMap(dir)][0], stage[profileMap(dir)][1])))
-		d.add(limit, sortedOps(stage[member][1]))
-	}
-	d.Revokes = len(d.Steps) > 0 && len(a.kernel) > 0
-	a.e.retired = len(d.Drops) > 0
-	return d
-}
-
 func sortedOps(ops []Op) []Op {
 	slices.SortStableFunc(ops, func(x, y Op) int {
 		return cmp.Or(compareKey(x.Key, y.Key), boolDelta(!x.Delete)-boolDelta(!y.Delete))
 	})
 	return ops
-}
-
-// avoid makes n hand out none of the numbers listed, and only greater ones at first.
-func (n *numbers) avoid(list func(yield func(uint32))) {
-	n.used, n.cur = map[uint32]struct{}{}, 0
-	list(func(v uint32) {
-		if n.valid(v) {
-			n.used[v] = struct{}{}
-			n.cur = max(n.cur, v)
-		}
-	})
-}
-
-// keep frees all numbers but those listed.
-func (n *numbers) keep(list func(yield func(uint32))) {
-	n.used = map[uint32]struct{}{}
-	list(func(v uint32) { n.used[v] = struct{}{} })
-}
-
-func (n *numbers) valid(v uint32) bool { return n.first <= v && v <= n.last && v&n.clear == 0 }
-
-func (e *Engine) profileNumbers(d Direction) *numbers {
-	if d == Egress {
-		return &e.egressNumbers
-	}
-	return &e.ingressNumbers
 }

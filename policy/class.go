@@ -298,30 +298,3 @@ func (e *Engine) meet(a, b *class) *class {
 	})
 	return e.internClass(rest, spans)
 }
-
-// numbers hands out numbers of one range, monotonic until the range is exhausted.
-type numbers struct {
-	first, last, cur uint32
-	clear            uint32 // bits that stay zero
-	used             map[uint32]struct{}
-}
-
-func (n *numbers) next() uint32 {
-	for {
-		switch {
-		case n.cur < n.first || n.cur >= n.last:
-			n.cur = n.first
-		default:
-			n.cur++
-		}
-		if low := n.cur & n.clear; low != 0 {
-			n.cur = (n.cur | 0xffff) + 1
-		}
-		if _, taken := n.used[n.cur]; !taken && n.cur >= n.first && n.cur <= n.last {
-			n.used[n.cur] = struct{}{}
-			return n.cur
-		}
-	}
-}
-
-func (n *numbers) free(v uint32) { delete(n.used, v) }

@@ -30,7 +30,6 @@
 //
 // # Limits
 //
-// The first Replace after Adopt knows the old policy only by its numbers (see Adopt).
 // A packet that reads its egress decision before one delta and its ingress decision
 // after the next one can mix the two deltas; each direction by itself is exact, however
 // long a packet is in flight. AnyProtocol with a port range covers TCP, UDP and SCTP.

@@ -180,7 +180,7 @@ func (e *Engine) withoutFresh(s *signature) *signature {
 	return e.intern(atoms, s.named)
 }
 
-// newIdentity makes an identity with signature s, not nil, and the primary one of s
+// newIdentity makes an identity with signature s, and the primary one of s
 // unless there is one.
 func (e *Engine) newIdentity(s *signature) *identity {
 	i := &identity{num: e.identityNumbers.next(), rows: map[*profile]*class{}, fresh: true}

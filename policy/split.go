@@ -61,7 +61,7 @@ func (pl *plan) growInPlace(g *moves, rest int) {
 	e, old := pl.e, g.from.sig
 	e.setSignature(g.from, g.sig)
 	g.to = g.from
-	if rest == 0 || old == nil {
+	if rest == 0 {
 		return
 	}
 	stay := &moves{moveKey: moveKey{g.from, old}, neutral: true}

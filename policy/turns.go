@@ -55,11 +55,7 @@ func (pl *plan) compare(from, to *profile) (closes, opens bool) {
 	case from == nil && to == nil:
 		return false, false
 	case from == nil:
-		all := permitsAll(to.others)
-		for _, c := range to.rows {
-			all = all && permitsAll(c)
-		}
-		return !all, false
+		return !to.permitsAll(), false
 	case to == nil:
 		return false, true
 	}
@@ -68,6 +64,15 @@ func (pl *plan) compare(from, to *profile) (closes, opens bool) {
 		opens = opens || !pl.e.covers(old, new)
 	})
 	return closes, opens
+}
+
+// permitsAll reports whether p denies nobody anything.
+func (p *profile) permitsAll() bool {
+	all := permitsAll(p.others)
+	for _, c := range p.rows {
+		all = all && permitsAll(c)
+	}
+	return all
 }
 
 func permitsAll(c *class) bool {

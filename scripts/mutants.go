@@ -17,8 +17,8 @@ import (
 // compiler lists the files of package policy that turn a cluster into tables and deltas;
 // the model, the oracle and texts for people are not among them.
 var compiler = []string{
-	"adopt.go", "atoms.go", "class.go", "delta.go", "engine.go", "identity.go", "nets.go",
-	"plan.go", "profile.go", "ranges.go", "selectors.go", "split.go", "tidy.go", "turns.go",
+	"adopt.go", "atoms.go", "class.go", "crossing.go", "delta.go", "engine.go", "identity.go", "nets.go", "numbers.go",
+	"plan.go", "profile.go", "ranges.go", "selectors.go", "split.go", "tidy.go", "transition.go", "turns.go",
 }
 
 // mutant is one change of one place. Alone it is source[from:to] replaced by text; in the
