@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
@@ -14,13 +13,6 @@ import (
 
 	"github.com/nftcni/nftcni/policy"
 )
-
-// pending is what a receipt still owes after its grace period.
-type pending struct {
-	seq     uint64
-	revokes bool
-	drops   []policy.Op
-}
 
 // Apply commits c and returns at the kernel's acknowledgement of its last transaction: from then on every new packet
 // meets the new policy. After an error a prefix of complete transactions is in force; the caller reads State and
@@ -73,9 +65,16 @@ func (c Change) validate() error {
 		}
 	}
 	if c.Tunnels != nil {
-		return c.Tunnels.validate()
+		if err := c.Tunnels.validate(); err != nil {
+			return err
+		}
 	}
-	return nil
+	if c.PodToHost != nil {
+		if err := c.PodToHost.validate(); err != nil {
+			return err
+		}
+	}
+	return validateHostPorts(c.HostPorts)
 }
 
 func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
@@ -85,42 +84,65 @@ func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 	}
 	unbind, fresh := t.unbinds(c.Unbind), t.fresh(c.Bind)
 	revokes := c.Delta.Revokes || len(unbind) > 0 || t.tunnelsNarrow(c.Tunnels)
-	steps := c.Delta.Steps
-	if len(unbind) > 0 {
-		last := len(steps) == 0 && len(t.binds(c.Bind, unbind)) == 0 && !t.networksDiffer(c.PodNetworks) && !t.tunnelsDiffer(c.Tunnels)
-		if err := t.commitUnbind(&r, unbind, last); err != nil {
+	var moved movedPorts
+	moved.added, moved.removed = hostPortChanges(t.ports, c.HostPorts)
+	toHost := planPodToHost(t.toHost, c.PodToHost)
+	if len(unbind)+len(moved.removed) > 0 {
+		last := len(unbind) > 0 && len(c.Delta.Steps) == 0 && len(t.binds(c.Bind, unbind)) == 0 && len(moved.added) == 0 &&
+			!t.networksDiffer(c.PodNetworks) && !t.tunnelsDiffer(c.Tunnels) && toHost.empty()
+		if err := t.commitUnbind(&r, unbind, moved.removed, last); err != nil {
 			return r, err
 		}
 	}
-	if c.Delta.Settle && len(t.dropping) > 0 {
+	if err := t.commitPodPorts(&r, toHost.before); err != nil {
+		return r, err
+	}
+	if err := t.commitSteps(ctx, &r, c.Delta, fresh); err != nil {
+		return r, err
+	}
+	if err := t.commitLast(&r, c, moved.added, toHost, revokes); err != nil {
+		return r, err
+	}
+	t.forgetFlows(ctx, moved)
+	if n := len(c.Delta.Steps); n > 0 {
+		t.note(c.Delta.Steps[n-1], fresh)
+	}
+	if len(toHost.after) > 0 {
+		if err := errors.Join(Grace(ctx), t.commitPodPorts(&r, toHost.after)); err != nil {
+			return r, err
+		}
+	}
+	if c.PodToHost != nil {
+		t.toHost = PodToHost{c.PodToHost.Deny, c.PodToHost.ports()}
+	}
+	t.seq++
+	r.Seq = t.seq
+	t.owe(pending{seq: t.seq, revokes: revokes, drops: c.Delta.Drops, moved: moved})
+	return r, nil
+}
+
+// commitSteps commits all steps but the last, each when the packets in flight allow it; it waits for the last too.
+func (t *Table) commitSteps(ctx context.Context, r *Receipt, d policy.Delta, fresh map[netip.Addr]bool) error {
+	if d.Settle && len(t.dropping) > 0 {
 		if err := t.graceAndFinish(ctx); err != nil {
-			return r, err
+			return err
 		}
 	}
-	for i, step := range steps {
-		if err := t.settle(ctx, step, i > 0 && i == c.Delta.Pause); err != nil {
-			return r, err
+	for i, step := range d.Steps {
+		if err := t.settle(ctx, step, i > 0 && i == d.Pause); err != nil {
+			return err
 		}
-		if i == len(steps)-1 {
+		if i == len(d.Steps)-1 {
 			break
 		}
 		b := newBatch(t.conn.seq)
 		b.step(step)
-		if err := t.commit(&r, b); err != nil {
-			return r, err
+		if err := t.commit(r, b); err != nil {
+			return err
 		}
 		t.note(step, fresh)
 	}
-	if err := t.commitLast(&r, c, revokes); err != nil {
-		return r, err
-	}
-	if n := len(steps); n > 0 {
-		t.note(steps[n-1], fresh)
-	}
-	t.seq++
-	r.Seq = t.seq
-	t.owe(pending{seq: t.seq, revokes: revokes, drops: c.Delta.Drops})
-	return r, nil
+	return nil
 }
 
 func (t *Table) commit(r *Receipt, b *batch) error {
@@ -136,9 +158,15 @@ func (t *Table) commit(r *Receipt, b *batch) error {
 	return nil
 }
 
-// commitUnbind closes the guards, and cuts live connections at once when nothing else follows.
-func (t *Table) commitUnbind(r *Receipt, unbind []Binding, last bool) error {
+// commitUnbind takes the node's ports away, closes the guards, and cuts live connections at once when nothing else
+// follows.
+func (t *Table) commitUnbind(r *Receipt, unbind []Binding, ports []HostPort, last bool) error {
 	b := newBatch(t.conn.seq)
+	kept := maps.Clone(t.ports)
+	for _, p := range ports {
+		delete(kept, p.key())
+	}
+	b.unmapPorts(ports, kept)
 	left := t.addressesWithout(unbind)
 	for _, u := range unbind {
 		b.unbind(u, left[u.Addr])
@@ -153,23 +181,26 @@ func (t *Table) commitUnbind(r *Receipt, unbind []Binding, last bool) error {
 	for _, u := range unbind {
 		delete(t.bound, u.key())
 	}
+	t.ports = kept
 	t.again = t.again || epoch != t.epoch
 	t.epoch = epoch
 	return nil
 }
 
-// commitLast commits the last step with the bindings, the pod networks and the epoch.
-func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
+// commitLast commits the last step with the bindings, the node's ports, the pod networks and the epoch.
+func (t *Table) commitLast(r *Receipt, c Change, ports []HostPort, toHost podToHostPlan, revokes bool) error {
 	b := newBatch(t.conn.seq)
 	if n := len(c.Delta.Steps); n > 0 {
 		b.step(c.Delta.Steps[n-1])
 	}
 	binds := t.binds(c.Bind, nil)
 	b.rebind(binds, t.bound)
+	b.mapPorts(ports, t.ports)
 	add, remove := t.networkChanges(c.PodNetworks)
 	b.networks(add, remove)
 	open, closed := tunnelChanges(t.tunnels, c.Tunnels)
 	b.tunnels(open, closed)
+	b.podToHost(toHost)
 	epoch := t.epoch
 	// An unbinding that stood alone has bumped already.
 	if revokes && (!b.empty() || c.Delta.Revokes || r.Transactions == 0) {
@@ -182,6 +213,9 @@ func (t *Table) commitLast(r *Receipt, c Change, revokes bool) error {
 	t.epoch = epoch
 	for _, bind := range binds {
 		t.bound[bind.key()] = bind
+	}
+	for _, p := range ports {
+		t.ports[p.key()] = p
 	}
 	for _, p := range remove {
 		delete(t.networks, p)
@@ -216,129 +250,6 @@ func (b *batch) step(step []policy.Op) {
 			}
 		}
 	}
-}
-
-// settle waits for a grace period when packets in flight may be older than what step assumes: it touches a key that
-// they may look up twice over, or one whose deletion is still owed, or it changes decisions while they may hold a profile
-// from before the last change. With pause it waits whatever the step changes. Between the steps of one delta nothing
-// else needs it: whoever made the delta says where (policy.Delta.Pause).
-func (t *Table) settle(ctx context.Context, step []policy.Op, pause bool) error {
-	conflict := pause
-	for _, o := range step {
-		_, changed := t.changed[o.Key]
-		conflict = conflict || t.dropping[o.Key] || !t.replaces && changed || t.judged != 0 && t.judged <= t.seq && addressed(o.Map)
-	}
-	if !conflict {
-		return nil
-	}
-	return t.graceAndFinish(ctx)
-}
-
-func (t *Table) graceAndFinish(ctx context.Context) error {
-	if err := Grace(ctx); err != nil {
-		return err
-	}
-	clear(t.changed)
-	t.judged = 0
-	return t.finish(t.seq)
-}
-
-// note remembers what a committed step did to keys that packets in flight may have read. Addresses that were not bound
-// before have no packets in flight.
-func (t *Table) note(step []policy.Op, fresh map[netip.Addr]bool) {
-	if t.changed == nil {
-		t.changed = map[policy.Key]uint64{}
-	}
-	for _, o := range step {
-		if o.Delete && !t.replaces {
-			t.changed[o.Key] = t.seq + 1
-		}
-		if readFirst(o.Map) && !fresh[o.Addr] {
-			t.judged = t.seq + 1
-		}
-	}
-}
-
-// readFirst are the maps a packet reads before those that give the profile its meaning.
-func readFirst(m policy.Map) bool {
-	switch m {
-	case policy.IngressProfile, policy.EgressProfile, policy.IsolatedIngress, policy.IsolatedEgress:
-		return true
-	}
-	return false
-}
-
-func (t *Table) owe(p pending) {
-	if !p.revokes && len(p.drops) == 0 && len(t.changed) == 0 {
-		return
-	}
-	t.pending = append(t.pending, p)
-	if t.dropping == nil {
-		t.dropping = map[policy.Key]bool{}
-	}
-	for _, o := range p.drops {
-		t.dropping[o.Key] = true
-	}
-}
-
-// Finish completes every receipt up to seq, after a Grace that began when receipt seq was there: the second bump of
-// the epoch where a change revoked something, and the elements nothing points to any more, in one transaction.
-// Nothing owed is a no-op.
-func (t *Table) Finish(ctx context.Context, seq uint64) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	maps.DeleteFunc(t.changed, func(_ policy.Key, since uint64) bool { return since <= seq })
-	if t.judged <= seq {
-		t.judged = 0
-	}
-	if err := t.finish(seq); err != nil {
-		t.stale = true
-		return fmt.Errorf("finish changes up to %d: %w", seq, err)
-	}
-	return nil
-}
-
-func (t *Table) finish(seq uint64) error {
-	b := newBatch(t.conn.seq)
-	revokes, done := false, 0
-	for _, p := range t.pending {
-		if p.seq > seq {
-			break
-		}
-		done++
-		revokes = revokes || p.revokes
-		b.step(p.drops)
-	}
-	epoch, again := t.epoch, t.again
-	if revokes {
-		// A later change may still owe its own second bump.
-		again = slices.ContainsFunc(t.pending[done:], func(p pending) bool { return p.revokes })
-		epoch = t.bump(b, again)
-	}
-	if !b.empty() {
-		if err := t.conn.commit(b); err != nil {
-			t.forgetDrops()
-			return err
-		}
-	}
-	for _, p := range t.pending[:done] {
-		for _, o := range p.drops {
-			delete(t.dropping, o.Key)
-		}
-	}
-	t.pending = slices.Clone(t.pending[done:])
-	t.epoch, t.again = epoch, again
-	return nil
-}
-
-// forgetDrops gives up deletions that cannot be made because somebody else edited the table. What is left of them
-// shows in the next State, and the caller's next change drops it. Bumps stay owed.
-func (t *Table) forgetDrops() {
-	for i := range t.pending {
-		t.pending[i].drops = nil
-	}
-	clear(t.dropping)
 }
 
 // ErrMissing reports whether an Apply or Finish failed because an element it wanted to delete was not there, or one

@@ -241,14 +241,14 @@ func baseChains() []chain {
 				dropped(podInterface(oifname, false), "to a pod that is not bound any more"))},
 		{name: "postrouting", hook: &hook{"filter", "postrouting", unix.NF_INET_POST_ROUTING, 0, "filter"},
 			rules: []rule{does(append(live(), accept)...), does(podInterface(oifname, false), goTo("to_pod"))}},
-		{name: "srcnat", hook: &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, 100, "srcnat"}, rules: masq},
+		{name: "srcnat", hook: &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, 100, "srcnat"}, rules: append([]rule{does(podInterface(oifname, false), goTo("hairpin"))}, masq...)},
 	}
 }
 
 // masqueradeRule hides pods with ipMasq from what is outside the pod networks; multicast and broadcast keep
 // their source.
 func masqueradeRule(f family) rule {
-	s := []statement{in{key: key{f.src}, set: "masquerade" + f.suffix}, podInterface(oifname, true)}
+	s := []statement{in{key: key{f.src}, set: "masquerade" + f.suffix}}
 	if f.l3 == unix.NFPROTO_IPV4 {
 		s = append(s, within(f.dst, true, "224.0.0.0/4"), within(f.dst, true, "255.255.255.255/32"))
 	} else {

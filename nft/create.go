@@ -160,6 +160,10 @@ func (t *Table) writeOnce(p *program, s State, found tableInfo) error {
 	for k := range s.Tunnels.keys() {
 		b.tunnel(false, k)
 	}
+	b.mapPorts(s.HostPorts, nil)
+	plan := planPodToHost(PodToHost{}, &s.PodToHost)
+	b.podPorts(plan.before)
+	b.podToHost(plan)
 	b.addEpoch(s.Epoch, false)
 	return t.conn.commit(b)
 }

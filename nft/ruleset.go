@@ -86,12 +86,16 @@ func newProgram() *program {
 		p.sets = append(p.sets, familySets(f)...)
 	}
 	p.sets = append(p.sets, tunnelSets()...)
+	p.sets = append(p.sets, hostPortSets()...)
+	p.sets = append(p.sets, podToHostSets()...)
 	p.sets = append(p.sets, constantSets()...)
 	p.chains = append(p.chains, verdictChains()...)
 	for _, f := range families() {
 		p.chains = append(p.chains, familyChains(f)...)
 	}
 	p.chains = append(p.chains, tunnelChains()...)
+	p.chains = append(p.chains, hostPortChains()...)
+	p.chains = append(p.chains, hairpinChain())
 	p.chains = append(p.chains, baseChains()...)
 	return p
 }

@@ -121,7 +121,7 @@ func lastAddr(a netip.Addr) netip.Addr {
 	return last
 }
 
-// readBindings reads bindings, pod networks and tunnels.
+// readBindings reads bindings, pod networks, tunnels, host ports and what the node takes from pods.
 func (t *Table) readBindings(ctx context.Context) (State, error) {
 	var s State
 	for _, f := range families() {
@@ -164,6 +164,12 @@ func (t *Table) readBindings(ctx context.Context) (State, error) {
 	}
 	var err error
 	if s.Tunnels, err = t.readTunnels(); err != nil {
+		return State{}, err
+	}
+	if s.HostPorts, err = t.reader.HostPorts(); err != nil {
+		return State{}, err
+	}
+	if s.PodToHost, err = t.readPodToHost(); err != nil {
 		return State{}, err
 	}
 	slices.SortFunc(s.Bindings, func(x, y Binding) int { return cmp.Or(cmp.Compare(x.Interface, y.Interface), x.Addr.Compare(y.Addr)) })

@@ -17,7 +17,7 @@ import (
 
 // Options of Open. The zero value works: the caller's network namespace, no owner flag.
 type Options struct {
-	NetNS  int      // file descriptor of a network namespace; 0: the caller's
+	NetNS  int      // file descriptor of a network namespace, open as long as the Table; 0: the caller's
 	Owner  bool     // flags owner,persist where the kernel has them (Linux 6.9); ignored with a log line elsewhere
 	Socket *os.File // an owning netlink socket handed over by a predecessor (systemd's FD store); nil: dial
 	Log    *slog.Logger
@@ -29,6 +29,7 @@ type Table struct {
 	conn   *conn
 	reader *Reader
 	log    *slog.Logger
+	netNS  int
 	flags  uint32
 	// unclaimed: the flags are wanted, and the table's owner is gone.
 	unclaimed bool
@@ -37,6 +38,8 @@ type Table struct {
 	bound    map[bindingKey]Binding
 	networks map[netip.Prefix]bool
 	tunnels  map[tunnelKey]bool
+	ports    map[hostPortKey]HostPort
+	toHost   PodToHost
 	epoch    uint32
 	again    bool // the second bump of the last epoch is due
 	stale    bool // a transaction failed: read the kernel before the next one
@@ -70,6 +73,8 @@ type State struct {
 	Bindings    []Binding
 	PodNetworks []netip.Prefix
 	Tunnels     Tunnels
+	HostPorts   []HostPort
+	PodToHost   PodToHost
 	Epoch       uint32
 	Generation  uint32
 }
@@ -81,6 +86,10 @@ type Change struct {
 	Bind        []Binding      // committed together with the last Step
 	PodNetworks []netip.Prefix // desired set of not-masqueraded destinations when non-nil
 	Tunnels     *Tunnels       // desired ports and nodes when non-nil
+	// HostPorts are the desired ports of the node that lead to pods, when non-nil. What goes, goes with Unbind, what
+	// comes, comes with Bind; conntrack's entries of what changed are deleted.
+	HostPorts []HostPort
+	PodToHost *PodToHost // desired when non-nil
 }
 
 // Receipt says what Apply did.
@@ -100,7 +109,7 @@ func Open(ctx context.Context, o Options) (*Table, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &Table{conn: c, reader: &Reader{conn: c}, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), replaces: replacesExactly()}
+	t := &Table{conn: c, reader: &Reader{conn: c}, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), netNS: o.NetNS, replaces: replacesExactly()}
 	if o.Owner {
 		t.flags = tableOwner | tablePersist
 	}
@@ -239,6 +248,11 @@ func (t *Table) remember(s State) {
 	}
 	for _, p := range s.PodNetworks {
 		t.networks[p] = true
+	}
+	t.toHost = s.PodToHost
+	t.ports = map[hostPortKey]HostPort{}
+	for _, p := range s.HostPorts {
+		t.ports[p.key()] = p
 	}
 }
 

@@ -134,8 +134,8 @@ func tunnelChains() []chain {
 		guard.rules = append(guard.rules, does(in{key: key{f.src}, set: "node" + f.suffix}, ret))
 	}
 	guard.rules = append(guard.rules, does(counter{}, drop).noted("a tunnel's packet from no node"))
-	return []chain{guard, {name: "input", hook: &hook{"filter", "input", unix.NF_INET_LOCAL_IN, -10, "filter - 10"},
-		rules: []rule{does(tunnelPort(), goTo("tunnel"))}}}
+	return []chain{guard, podInputChain(), {name: "input", hook: &hook{"filter", "input", unix.NF_INET_LOCAL_IN, -10, "filter - 10"},
+		rules: []rule{does(tunnelPort(), goTo("tunnel")), does(podInterface(iifname, false), goTo("pod_input"))}}}
 }
 
 // tunnelForward keeps pods from the tunnels of other nodes: behind masquerading they would look like this node.

@@ -219,7 +219,7 @@ func sameFields(name string, want, have []attribute) bool {
 		}
 	}
 	for _, h := range have {
-		if find(want, h.kind) == nil && !transient(name, h.kind) && !zero(h.data) {
+		if find(want, h.kind) == nil && !transient(name, h.kind) && !implied(name, h) && !zero(h.data) {
 			return false
 		}
 	}
@@ -229,6 +229,12 @@ func sameFields(name string, want, have []attribute) bool {
 // transient fields name a set inside the batch that made it.
 func transient(name string, kind uint16) bool {
 	return name == "lookup" && kind == unix.NFTA_LOOKUP_SET_ID || name == "dynset" && kind == unix.NFTA_DYNSET_SET_ID
+}
+
+// implied flags tell what the registers of a destination say already: an address and a port
+// (linux/netfilter/nf_nat.h, NF_NAT_RANGE_MAP_IPS and NF_NAT_RANGE_PROTO_SPECIFIED).
+func implied(name string, a attribute) bool {
+	return name == "nat" && a.kind == unix.NFTA_NAT_FLAGS && beUint32(a.data) == 1|2
 }
 
 // nestedData fields hold a value or a verdict in attributes of their own.
@@ -306,5 +312,5 @@ func (t *Table) bindingsDiffer() (string, error) {
 			}
 		}
 	}
-	return "", nil
+	return t.hostPortsDiffer()
 }
