@@ -1,6 +1,7 @@
 package debug
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nftcni/nftcni/agent"
 	"github.com/nftcni/nftcni/policy"
 )
 
@@ -138,17 +140,5 @@ func (s service) flow(src, dst netip.Addr) policy.Flow {
 }
 
 func protocolName(p policy.Protocol) string {
-	switch p {
-	case policy.TCP:
-		return "TCP"
-	case policy.UDP:
-		return "UDP"
-	case policy.SCTP:
-		return "SCTP"
-	case policy.ICMP:
-		return "ICMP"
-	case policy.ICMPv6:
-		return "ICMPv6"
-	}
-	return "protocol " + strconv.Itoa(int(p))
+	return cmp.Or(agent.ProtocolName(p), "protocol "+strconv.Itoa(int(p)))
 }
