@@ -110,7 +110,7 @@ switch_version() {
   if [ "$this_one" = yes ]; then
     this_one=no
   else
-    this_one=yes binary=$NFTCNI tag=$this_image want=$("${NFTCNI:-true}" version | awk '/^nftcni/ {print $2}')
+    this_one=yes binary=${NFTCNI:-} tag=${this_image:-} want=$("${NFTCNI:-true}" version | awk '/^nftcni/ {print $2}')
   fi
   if [ "$form" = daemonset ]; then
     this_image=${this_image:-$(k -n kube-system get ds nftcni -o 'jsonpath={.spec.template.spec.containers[0].image}')}
