@@ -91,7 +91,7 @@ func checkAttachment(a cni.Attachment) error {
 			return fmt.Errorf("attach %s: %s cannot be a pod's address, or stands twice", a.HostInterface, addr)
 		}
 	}
-	return nil
+	return checkHostPorts(a)
 }
 
 // maxLabels bounds what one network configuration may say of a pod.
@@ -156,6 +156,10 @@ func (l *loop) admitOne(b *batch, w *attachWork) {
 			"attach %s: an address of it is bound to %s; remove that attachment first (nftcni debug pods)", podName(a), holder)})
 		return
 	}
+	if holder, port := l.inv.portHolder(a); holder != nil {
+		w.refusePort(holder, port)
+		return
+	}
 	if b.touched[a.HostInterface] { // bound and unbound in one batch: the later request waits for the next
 		l.again(func(b *batch) { l.admitOrWait(b, w) })
 		return
@@ -169,7 +173,7 @@ func (l *loop) admitOne(b *batch, w *attachWork) {
 
 func sameAttachment(a, b cni.Attachment) bool {
 	return a.ContainerID == b.ContainerID && a.UID == b.UID && podName(a) == podName(b) && a.Masquerade == b.Masquerade &&
-		slices.Equal(a.Addresses, b.Addresses)
+		slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.HostPorts, b.HostPorts)
 }
 
 // holder is the other interface that an address of a is bound to.

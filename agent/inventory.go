@@ -24,6 +24,7 @@ type inventory struct {
 	attached   map[string]*attachment // by host interface
 	byPod      map[policy.Name][]*attachment
 	holders    map[netip.Addr]string         // address -> host interface it is bound to
+	mapped     map[string]bool               // host interfaces with host ports
 	emitted    map[policy.Name][]policy.Name // engine pods made for a name with attachments
 	unlabelled unlabelled
 }
@@ -36,7 +37,7 @@ type attachment struct {
 }
 
 func newInventory(node string, network Network) *inventory {
-	v := &inventory{node: node, network: network, attached: map[string]*attachment{}, byPod: map[policy.Name][]*attachment{}, holders: map[netip.Addr]string{}}
+	v := &inventory{node: node, network: network, attached: map[string]*attachment{}, byPod: map[policy.Name][]*attachment{}, holders: map[netip.Addr]string{}, mapped: map[string]bool{}}
 	v.clear()
 	return v
 }
@@ -102,6 +103,9 @@ func (v *inventory) attach(a cni.Attachment) []policy.Event {
 	for _, addr := range a.Addresses {
 		v.holders[addr] = a.HostInterface
 	}
+	if len(a.HostPorts) > 0 {
+		v.mapped[a.HostInterface] = true
+	}
 	if v.namespaces[n.Namespace] == nil {
 		events = append(events, v.implyNamespace(n.Namespace)...)
 	}
@@ -116,6 +120,7 @@ func (v *inventory) detach(hostInterface string) []policy.Event {
 	}
 	n := podName(at.Attachment)
 	delete(v.attached, hostInterface)
+	delete(v.mapped, hostInterface)
 	v.unlabelled.set(at, false)
 	for _, addr := range at.Addresses {
 		delete(v.holders, addr)

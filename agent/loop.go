@@ -69,6 +69,7 @@ type loop struct {
 	problems                    []k8s.Problem
 	networks                    []netip.Prefix
 	heard                       nft.Tunnels
+	mapped                      []nft.HostPort
 	lastSeq                     uint64
 	inGrace                     bool
 	tidyDue                     bool
@@ -247,7 +248,7 @@ func (l *loop) change(ctx context.Context, b *batch) (nft.Receipt, error) {
 	if want := l.inv.podNetworks(l.cfg.notMasqueraded()); !slices.Equal(want, l.networks) {
 		c.PodNetworks, l.networks = notNil(want), want
 	}
-	c.Tunnels = l.changedTunnels()
+	c.Tunnels, c.HostPorts = l.changedTunnels(), l.changedHostPorts()
 	return l.push(ctx, c)
 }
 
@@ -259,7 +260,7 @@ func notNil(p []netip.Prefix) []netip.Prefix {
 }
 
 func (l *loop) push(ctx context.Context, c nft.Change) (nft.Receipt, error) {
-	if c.Delta.Empty() && len(c.Bind)+len(c.Unbind) == 0 && c.PodNetworks == nil && c.Tunnels == nil {
+	if c.Delta.Empty() && len(c.Bind)+len(c.Unbind) == 0 && c.PodNetworks == nil && c.Tunnels == nil && c.HostPorts == nil {
 		return nft.Receipt{Seq: l.lastSeq, Generation: l.state.Generation}, nil
 	}
 	r, err := l.table.Apply(ctx, c)
@@ -305,8 +306,8 @@ func (l *loop) tryResync(ctx context.Context, reopen bool) (nft.Receipt, error) 
 	if !slices.Equal(l.networks, state.PodNetworks) {
 		c.PodNetworks = notNil(l.networks)
 	}
-	l.heard = state.Tunnels
-	c.Tunnels = l.changedTunnels()
+	l.heard, l.mapped = state.Tunnels, state.HostPorts
+	c.Tunnels, c.HostPorts = l.changedTunnels(), l.changedHostPorts()
 	return l.push(ctx, c)
 }
 

@@ -23,6 +23,7 @@ type memoryTable struct {
 	bindings map[nft.Binding]bool
 	networks []netip.Prefix
 	tunnels  nft.Tunnels
+	ports    []nft.HostPort
 	seq      uint64
 	writes   int
 	fail     error // of the next Apply, after its first step
@@ -34,7 +35,7 @@ func newMemoryTable() *memoryTable {
 }
 
 func (m *memoryTable) State(context.Context) (nft.State, error) {
-	s := nft.State{Tables: maps.Clone(m.tables), PodNetworks: m.networks, Tunnels: m.tunnels}
+	s := nft.State{Tables: maps.Clone(m.tables), PodNetworks: m.networks, Tunnels: m.tunnels, HostPorts: m.ports}
 	for b := range m.bindings {
 		s.Bindings = append(s.Bindings, b)
 	}
@@ -65,6 +66,9 @@ func (m *memoryTable) Apply(_ context.Context, c nft.Change) (nft.Receipt, error
 	}
 	if c.Tunnels != nil {
 		m.tunnels = *c.Tunnels
+	}
+	if c.HostPorts != nil {
+		m.ports = c.HostPorts
 	}
 	m.drops = append(m.drops, c.Delta.Drops...)
 	m.writes++

@@ -166,6 +166,10 @@ func (a *adding) leaseAddresses(ctx context.Context) error {
 		return err
 	}
 	a.record.Addresses, a.record.Pools, a.wire.addresses = a.got.addresses, a.got.pools, a.got.addresses
+	if a.record.HostPorts, err = a.conf.hostPorts(a.got.addresses); err != nil {
+		return err
+	}
+	a.wire.localnet = fromLoopback(a.record.HostPorts)
 	if _, has6 := a.wire.families(); has6 && a.record.MTU < minMTU6 {
 		return wrong("mtu: %d is less than the %d that IPv6 needs; raise it, or give the network IPv4 ranges only", a.record.MTU, minMTU6)
 	}

@@ -41,6 +41,8 @@ type Attachment struct {
 	// Pools are the subnets of the network's own ranges (none when they come from
 	// Node.podCIDRs): the agent adds them to the networks that are not masqueraded.
 	Pools []netip.Prefix `json:"pools,omitempty"`
+	// HostPorts are the node's ports that lead to the pod.
+	HostPorts []HostPort `json:"hostPorts,omitempty"`
 }
 
 // AttachRequest asks the agent to bind the attachment's addresses to its interface and

@@ -220,7 +220,7 @@ func (k *checking) checkNeighbours(context.Context) error {
 func (k *checking) checkSysctls(context.Context) error {
 	has4, has6 := k.wire.families()
 	if k.wire.hostLink != 0 {
-		bad, err := differing(hostSettings(k.wire.hostName, has4, has6))
+		bad, err := differing(hostSettings(k.wire.hostName, has4, has6, fromLoopback(k.record.HostPorts)))
 		if err != nil {
 			return err
 		}

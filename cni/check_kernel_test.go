@@ -155,7 +155,8 @@ func TestKernelCapabilities(t *testing.T) {
 		{name: "ips", args: map[string]any{"ips": []string{"10.22.0.77/24", "fd00:22::77"}}},
 		{name: "ips elsewhere", args: map[string]any{"ips": []string{"10.99.0.1"}}, code: 7, want: "runtimeConfig.ips: address 10.99.0.1"},
 		{name: "dns", args: map[string]any{"dns": types.DNS{Nameservers: []string{"192.0.2.1"}}}},
-		{name: "portMappings", args: map[string]any{"portMappings": []map[string]any{{"hostPort": 80, "containerPort": 80}}}, code: 2, want: "runtimeConfig.portMappings"},
+		{name: "portMappings", args: map[string]any{"portMappings": []map[string]any{{"hostPort": 80, "containerPort": 80, "protocol": "icmp"}}}, code: 7, want: "runtimeConfig.portMappings"},
+		{name: "portMappings that fit", args: map[string]any{"portMappings": []map[string]any{{"hostPort": 80, "containerPort": 80}}}},
 		{name: "bandwidth out of range", args: map[string]any{"bandwidth": map[string]any{"ingressRate": 1}}, code: 7, want: "runtimeConfig.bandwidth"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -168,10 +168,6 @@ func (c *config) checkLink() error {
 
 func (c *config) checkRuntime() error {
 	r := c.RuntimeConfig
-	if len(r.PortMappings) > 0 {
-		return types.NewError(types.ErrUnsupportedField, "runtimeConfig.portMappings: nftcni does not map host ports yet; "+
-			"chain the portmap plugin and declare the capability there, or drop hostPort from the pod", "")
-	}
 	if r.Bandwidth != nil {
 		if err := r.Bandwidth.check(); err != nil {
 			return err

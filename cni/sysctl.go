@@ -38,8 +38,13 @@ type setting struct{ path, value string }
 // hostSettings are for the node's end of the veth. There is no proxy_arp: the pod has a
 // permanent neighbour entry for its gateway. Redirects are off because two pods of the
 // node are on the same "link" as the kernel sees it, and every packet must be routed.
-func hostSettings(ifname string, has4, has6 bool) []setting {
+// route_localnet lets 127.0.0.1 call the pod by a host port; the table drops what the pod
+// itself sends to the node's loopback.
+func hostSettings(ifname string, has4, has6, localnet bool) []setting {
 	var list []setting
+	if has4 && localnet {
+		list = append(list, setting{"/proc/sys/net/ipv4/conf/" + ifname + "/route_localnet", "1"})
+	}
 	if has4 {
 		dir := "/proc/sys/net/ipv4/conf/" + ifname + "/"
 		list = append(list, setting{dir + "forwarding", "1"}, setting{dir + "rp_filter", "1"},

@@ -38,7 +38,8 @@ type wire struct {
 	hostName, name   string
 	hostMAC, podMAC  net.HardwareAddr
 	addresses        []netip.Addr
-	hostLink, inside int // interface indices, 0 until made
+	hostLink, inside int  // interface indices, 0 until made
+	localnet         bool // the node's loopback reaches the pod
 }
 
 // openWire opens both ends. close must be called.
@@ -225,7 +226,7 @@ func (w *wire) podRoutes(prefixes []netip.Prefix) []netlink.Route {
 // setUpHost prepares the node's end. Its routes come later.
 func (w *wire) setUpHost(alias string) error {
 	has4, has6 := w.families()
-	if err := apply(hostSettings(w.hostName, has4, has6)); err != nil {
+	if err := apply(hostSettings(w.hostName, has4, has6, w.localnet)); err != nil {
 		return err
 	}
 	link := linkAt(w.hostLink)

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"github.com/nftcni/nftcni/nft"
+)
+
+// TestKernelHostPortsOfPods maps ports of a node with the real agent and plugin: who reaches a pod by them, what a
+// second pod that wants one hears, and that restarts, foreign hands and DEL leave what they should.
+func TestKernelHostPortsOfPods(t *testing.T) { inFreshNode(t, testHostPortsOfPods) }
+
+// portedPod attaches a pod that asks for host ports.
+func (n *demoNode) portedPod(t *testing.T, pod, addrs string, mappings ...map[string]any) (*endpoint, error) {
+	t.Helper()
+	var ranges []string
+	e := &endpoint{name: "default/" + pod}
+	for _, a := range strings.Fields(addrs) {
+		e.addrs = append(e.addrs, netip.MustParseAddr(a))
+		ranges = append(ranges, fmt.Sprintf(`[{"subnet": %q, "rangeStart": %q, "rangeEnd": %q}]`, netip.PrefixFrom(e.addrs[len(e.addrs)-1], 24).Masked(), a, a))
+	}
+	l, err := libcni.NetworkConfFromBytes(fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "demo", "plugins": [{"type": "nftcni", "ipMasq": true,
+		"stateDir": %q, "capabilities": {"portMappings": true}, "ipam": {"type": "nftcni-ipam", "ranges": [%s]}}]}`, n.path("state"), strings.Join(ranges, ", ")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e.netns, err = newNetNS(); err != nil {
+		t.Fatal(err)
+	}
+	rt := &libcni.RuntimeConf{ContainerID: "demo-" + pod, NetNS: netnsPath(e.netns), IfName: "eth0",
+		Args:           [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "default"}, {"K8S_POD_NAME", pod}},
+		CapabilityArgs: map[string]any{"portMappings": mappings}}
+	if _, err := n.plugin.AddNetworkList(t.Context(), l, rt); err != nil {
+		return nil, err
+	}
+	n.attached = append(n.attached, attachedPod{l, rt})
+	return e, serve(t.Context(), e, []service{{6, 80}, {17, 53}})
+}
+
+// hears is what a client is told at an address, "" when it hears nothing.
+func (e *endpoint) hears(network, to string) string {
+	answer := ""
+	_ = inNetNS(e.netns, func() error {
+		c, err := net.DialTimeout(network, to, time.Second)
+		if err != nil {
+			return nil
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(time.Second))
+		b := make([]byte, 64)
+		if network == "udp" {
+			_, _ = c.Write([]byte("?"))
+		}
+		n, _ := c.Read(b)
+		answer = string(b[:n])
+		return nil
+	})
+	return answer
+}
+
+func (e *endpoint) mustHear(t *testing.T, when, want string, to ...string) {
+	t.Helper()
+	for _, a := range to {
+		network, address, _ := strings.Cut(a, " ")
+		if got := e.hears(network, address); got != want {
+			t.Errorf("%s: %s at %s heard %q, want %q", when, e.name, a, got, want)
+		}
+	}
+}
+
+func testHostPortsOfPods(t *testing.T) {
+	n, err := newDemoNode("node1", map[string][]netip.Addr{"outside": addrsOf(outsidePrefixes)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.startAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	outside, node := n.ends["outside"], n.ends["node"]
+	tcp, udp := map[string]any{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}, map[string]any{"hostPort": 8053, "containerPort": 53, "protocol": "udp"}
+	web, err := n.portedPod(t, "web", "10.50.0.2 fd50::2", tcp, udp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := n.portedPod(t, "other", "10.50.0.3 fd50::3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := []string{"tcp 192.0.2.1:8080", "udp 192.0.2.1:8053", "tcp [2001:db8::1]:8080", "udp [2001:db8::1]:8053"}
+	reached := func(when string) {
+		t.Helper()
+		for _, e := range []*endpoint{outside, node, other, web} {
+			e.mustHear(t, when, "default/web", all...)
+		}
+		node.mustHear(t, when, "default/web", "tcp 127.0.0.1:8080", "udp 127.0.0.1:8053")
+	}
+	reached("attached")
+	outside.mustHear(t, "attached", "", "tcp 192.0.2.1:80", "udp 192.0.2.1:53")
+
+	for _, want := range []map[string]any{tcp, {"hostPort": 8080, "containerPort": 1, "hostIP": "192.0.2.1"}} {
+		_, err = n.portedPod(t, "rival", "10.50.0.4 fd50::4", want)
+		if err == nil || !strings.Contains(err.Error(), "default/rival") || !strings.Contains(err.Error(), "tcp") || !strings.Contains(err.Error(), "is taken by pod default/web") {
+			t.Errorf("a second pod with the port: %v", err)
+		}
+	}
+	reached("after a refused ADD")
+
+	n.restartAgent(t)
+	reached("after a restart")
+	if err := nft.Delete(t.Context(), nft.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.until(t.Context(), func(context.Context) bool { return outside.hears("tcp", "192.0.2.1:8080") != "" }); err != nil {
+		t.Fatalf("after the table was deleted: %v", err)
+	}
+	reached("after the table was deleted")
+
+	n.onlyFrom(t, "192.0.2.2/32")
+	outside.mustHear(t, "policy for outside", "default/web", all[:2]...)
+	other.mustHear(t, "policy for outside", "", all...)
+	node.mustHear(t, "policy for outside", "default/web", all...)
+
+	if err := n.detachAll(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for _, e := range []*endpoint{outside, node} {
+		e.mustHear(t, "after DEL", "", all...)
+	}
+	r, err := nft.NewReader(t.Context(), nft.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	sizes, err := r.Sizes(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for set, size := range sizes {
+		if strings.HasPrefix(set, "host_port") && size > 0 {
+			t.Errorf("%d elements are left in %s", size, set)
+		}
+	}
+	if err := n.checkEmpty(); err != nil {
+		t.Error(err)
+	}
+	if err := n.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// restartAgent starts another agent, which must find nothing to write.
+func (n *demoNode) restartAgent(t *testing.T) {
+	t.Helper()
+	if err := n.close(); err != nil {
+		t.Fatal(err)
+	}
+	before, err := nft.CurrentGeneration(t.Context(), nft.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.startAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	after, err := nft.CurrentGeneration(t.Context(), nft.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after != before {
+		t.Errorf("a restart wrote: generation %d to %d", before, after)
+	}
+}
+
+// onlyFrom lets pods of default be reached from one block only.
+func (n *demoNode) onlyFrom(t *testing.T, block string) {
+	t.Helper()
+	policy := fmt.Appendf(nil, `apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: only, namespace: default}
+spec:
+  podSelector: {}
+  ingress:
+  - from: [{ipBlock: {cidr: %s}}]
+`, block)
+	if _, err := n.change(t.Context(), func() error { return os.WriteFile(filepath.Join(n.manifests, "only.yaml"), policy, 0o644) }); err != nil {
+		t.Fatal(err)
+	}
+}
