@@ -55,7 +55,7 @@ func testDebugDoctor(t *testing.T) {
 		t.Fatalf("nft: %v: %s", err, text)
 	}
 	if err == nil {
-		doctor().want(t, 0, "ip firewall chain FORWARD drops forwarded packets")
+		doctor().want(t, 1, "ip firewall chain FORWARD has policy drop for forwarded packets and nothing in it accepts any", `nft insert rule ip firewall FORWARD iifname '"nft*"' accept`)
 	}
 	n.awaitSnapshot(t)
 	if err := unix.Kill(n.agentPID, unix.SIGKILL); err != nil {
@@ -66,8 +66,8 @@ func testDebugDoctor(t *testing.T) {
 	if err := nft.Delete(t.Context(), nft.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	doctor().want(t, 1, "inet nftcni is missing", "2 checks failed")
-	n.debug(t, "why", "php", "redis", "TCP/6379").want(t, 0, "the kernel was not asked: the kernel holds no table inet nftcni here")
+	doctor().want(t, 1, "inet nftcni is missing", "3 checks failed")
+	n.debug(t, "why", "php", "redis", "TCP/6379").want(t, 2, "the kernel was not asked: the kernel holds no table inet nftcni here")
 }
 
 // TestKernelDebugBundle: what looks like a secret does not leave the node.

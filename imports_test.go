@@ -64,7 +64,7 @@ func TestImports(t *testing.T) {
 		"k8s":    {"policy"},
 		"cni":    {"ipam"},
 		"agent":  {"k8s", "policy", "nft", "cni", "ipam"},
-		"debug":  {"agent", "k8s", "policy", "nft", "cni", "ipam"},
+		"debug":  {"agent", "k8s", "policy", "nft", "cni", "ipam", "deploy"},
 		"main":   {"agent", "debug", "deploy", "k8s", "policy", "nft", "cni", "ipam"},
 	}
 	for _, p := range listPackages(t) {

@@ -5,14 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/nftcni/nftcni/agent"
+	"github.com/nftcni/nftcni/nft"
 )
 
 // Health is how a check ended.
@@ -132,11 +129,12 @@ func (s *session) examine(ctx context.Context, confDir string) []Finding {
 	list = append(list, checkTable(ctx, agentErr == nil)...)
 	list = append(list, checkForwarding()...)
 	list = append(list, checkReversePath())
-	list = append(list, checkForeignChains()...)
+	list = append(list, checkForeignChains(ctx)...)
 	list = append(list, checkConflists(confDir)...)
 	list = append(list, s.checkLinks(ctx)...)
-	list = append(list, checkConntrack(), s.checkLeases(ctx), checkKubeProxy(), checkClock())
-	return append(list, checkFeatures(ctx)...)
+	list = append(append(list, checkConntrack()), s.checkLeases(ctx)...)
+	list = append(list, checkKubeProxy(ctx), checkClock())
+	return append(list, featureFindings(nft.Features(ctx))...)
 }
 
 func (s *session) checkAgent(st agent.Status, err error) Finding {
@@ -154,92 +152,4 @@ func (s *session) checkAgent(st agent.Status, err error) Finding {
 			"mend the objects (nftcni debug status lists all)")
 	}
 	return ok(name, "ready, generation %d", st.Generation)
-}
-
-// sysctl reads a file below /proc/sys; "" when there is none.
-func sysctl(path string) string {
-	b, err := os.ReadFile(filepath.Join("/proc/sys", path))
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(b))
-}
-
-func setSysctl(path, value string) func() error {
-	return func() error {
-		if err := os.WriteFile(filepath.Join("/proc/sys", path), []byte(value), 0o644); err != nil {
-			return fmt.Errorf("set %s: %w", path, err)
-		}
-		return nil
-	}
-}
-
-func checkForwarding() []Finding {
-	var out []Finding
-	for _, f := range []struct{ family, path, key string }{
-		{"IPv4", "net/ipv4/ip_forward", "net.ipv4.ip_forward"},
-		{"IPv6", "net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"},
-	} {
-		name := "forwarding " + f.family
-		switch v := sysctl(f.path); v {
-		case "1", "2":
-			out = append(out, ok(name, "on"))
-		case "":
-			out = append(out, warn(name, "the kernel has no "+f.family, "nothing to do unless pods shall have "+f.family))
-		default:
-			x := broken(name, "off: pods reach nothing beyond their node", "sysctl -w "+f.key+"=1, and write it to /etc/sysctl.d")
-			x.fix = setSysctl(f.path, "1")
-			out = append(out, x)
-		}
-	}
-	return out
-}
-
-// checkReversePath: strict filtering of all interfaces drops packets whose way back is
-// another interface: asymmetric routes, several uplinks (kernel, ip-sysctl.rst).
-func checkReversePath() Finding {
-	const name = "reverse path filter"
-	all, _ := strconv.Atoi(sysctl("net/ipv4/conf/all/rp_filter"))
-	if all == 1 {
-		f := warn(name, "net.ipv4.conf.all.rp_filter is 1 (strict): packets over asymmetric routes are dropped without a trace",
-			"sysctl -w net.ipv4.conf.all.rp_filter=2 unless the node must be strict; nftcni drops spoofed pod addresses itself")
-		f.fix = setSysctl("net/ipv4/conf/all/rp_filter", "2")
-		return f
-	}
-	return ok(name, "not strict for all interfaces (%d)", all)
-}
-
-func checkConntrack() Finding {
-	const name = "conntrack"
-	count, err1 := strconv.Atoi(sysctl("net/netfilter/nf_conntrack_count"))
-	limit, err2 := strconv.Atoi(sysctl("net/netfilter/nf_conntrack_max"))
-	switch {
-	case err1 != nil || err2 != nil:
-		return warn(name, "its counters cannot be read", "run as root on the node itself")
-	case limit > 0 && count*100 >= limit*90:
-		return broken(name, fmt.Sprintf("%d of %d entries: new connections are dropped when it is full", count, limit),
-			fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%d, and find who opens so many (nftcni debug flows)", limit*2))
-	case limit > 0 && count*100 >= limit*70:
-		return warn(name, fmt.Sprintf("%d of %d entries", count, limit), fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%d", limit*2))
-	}
-	return ok(name, "%d of %d entries", count, limit)
-}
-
-func (s *session) checkLeases(ctx context.Context) Finding {
-	const name = "leases"
-	rows, err := s.leases(ctx)
-	if err != nil {
-		return warn(name, err.Error(), "name the state directory with --state-dir")
-	}
-	gone := 0
-	for _, r := range rows {
-		if r.NetNSGone {
-			gone++
-		}
-	}
-	if gone > 0 {
-		return warn(name, fmt.Sprintf("%d of %s belong to network namespaces that are gone", gone, plural(len(rows), "lease")),
-			"the agent releases them within seconds when it runs; else the runtime's CNI GC does (nftcni debug ipam lists them)")
-	}
-	return ok(name, "%s, all of living pods", plural(len(rows), "address"))
 }

@@ -5,14 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/cni"
 	"github.com/nftcni/nftcni/nft"
@@ -42,34 +41,6 @@ func checkTable(ctx context.Context, agentRuns bool) []Finding {
 		total += n
 	}
 	return []Finding{ok(name, "inet nftcni, %s", plural(total, "element"))}
-}
-
-// checkForeignChains names what else may drop a pod's packets.
-func checkForeignChains() []Finding {
-	const name = "other firewalls"
-	chains, err := nft.BaseChains(nft.Options{})
-	if err != nil {
-		return []Finding{warn(name, err.Error(), "run as root on the node itself")}
-	}
-	var out []Finding
-	others := map[string]bool{}
-	for _, c := range chains {
-		if c.Table == nft.TableName || c.Table == nft.TraceTable {
-			continue
-		}
-		others[nft.FamilyName(c.Family)+" "+c.Table] = true
-		forwards := c.Hook == unix.NF_INET_FORWARD && slices.Contains([]uint8{unix.NFPROTO_IPV4, unix.NFPROTO_IPV6, unix.NFPROTO_INET}, c.Family)
-		if c.Drops && forwards {
-			where := fmt.Sprintf("%s %s chain %s", nft.FamilyName(c.Family), c.Table, c.Name)
-			out = append(out, warn(name, where+" drops forwarded packets that none of its rules accepts: an accept of ours does not spare them",
-				"have it accept pods' packets, for iptables: iptables -P FORWARD ACCEPT, for Docker: \"ip-forward-no-drop\": true; nftcni debug trace shows whether it does"))
-		}
-	}
-	if len(out) == 0 {
-		list := strings.Join(sortedKeys(others), ", ")
-		out = append(out, ok(name, "no chain drops forwarded packets by policy (other tables: %s)", orDash(list)))
-	}
-	return out
 }
 
 // checkConflists: a runtime takes the first file by name.
@@ -125,7 +96,7 @@ func pluginTypes(path string) ([]string, error) {
 	return slices.DeleteFunc(types, func(t string) bool { return t == "" }), nil
 }
 
-// checkLinks compares the pods' links with the attachments and the uplink.
+// checkLinks compares the pods' links and routes with the attachments and the uplink.
 func (s *session) checkLinks(ctx context.Context) []Finding {
 	const name = "links"
 	links, err := netlink.LinkList()
@@ -138,6 +109,7 @@ func (s *session) checkLinks(ctx context.Context) []Finding {
 		known[a.HostInterface] = true
 	}
 	var stale, down []string
+	up := map[string]int{} // index by name
 	own := 0
 	for _, l := range links {
 		n := l.Attrs().Name
@@ -145,10 +117,13 @@ func (s *session) checkLinks(ctx context.Context) []Finding {
 			continue
 		}
 		own++
-		if !known[n] {
+		switch {
+		case !known[n]:
 			stale = append(stale, n)
-		} else if l.Attrs().OperState != netlink.OperUp {
+		case l.Attrs().OperState != netlink.OperUp:
 			down = append(down, n)
+		default:
+			up[n] = l.Attrs().Index
 		}
 	}
 	out := []Finding{}
@@ -156,16 +131,51 @@ func (s *session) checkLinks(ctx context.Context) []Finding {
 		out = append(out, broken(name, e.Error(), "delete the pod; its DEL removes the record"))
 	}
 	if len(stale) > 0 {
-		out = append(out, warn(name, plural(len(stale), "pod interface")+" without an attachment: "+strings.Join(stale, ", "),
+		out = append(out, warn(name, plural(len(stale), "pod interface")+" without an attachment: "+firstOf(stale, 5),
 			"the agent removes them while it runs; else delete the pod, or ip link del NAME"))
 	}
 	if len(down) > 0 {
-		out = append(out, broken(name, "down: "+strings.Join(down, ", "), "the pod set its eth0 down, or its namespace is going away: restart the pod"))
+		out = append(out, broken(name, "down: "+firstOf(down, 5), "the pod set its eth0 down, or its namespace is going away: restart the pod"))
 	}
+	out = append(out, checkPodRoutes(name, list, up)...)
 	if len(out) == 0 {
 		out = append(out, ok(name, "%s, all up and attached", plural(own, "pod interface")))
 	}
 	return append(out, checkMTU(ctx, links))
+}
+
+// checkPodRoutes: a link that was set down has lost its routes, and so have all when
+// somebody flushed them.
+func checkPodRoutes(name string, list []cni.Attachment, up map[string]int) []Finding {
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return []Finding{warn(name, "routes: "+err.Error(), "run as root on the node itself")}
+	}
+	to := map[netip.Addr]int{}
+	for _, r := range routes {
+		if r.Dst == nil {
+			continue
+		}
+		if ones, bits := r.Dst.Mask.Size(); ones == bits {
+			if a, ok := netip.AddrFromSlice(r.Dst.IP); ok {
+				to[a.Unmap()] = r.LinkIndex
+			}
+		}
+	}
+	var lost []string
+	example := ""
+	for _, a := range list {
+		for _, addr := range a.Addresses {
+			if index, isUp := up[a.HostInterface]; isUp && to[addr] != index {
+				lost = append(lost, fmt.Sprintf("%s (%s/%s)", addr, a.Namespace, a.Pod))
+				example = fmt.Sprintf("ip route replace %s dev %s scope link", addr, a.HostInterface)
+			}
+		}
+	}
+	if len(lost) == 0 {
+		return nil
+	}
+	return []Finding{broken(name, "no route to "+firstOf(lost, 5)+": its interface was down, or somebody removed it", "restart the pods, or: "+example)}
 }
 
 // checkMTU: a pod's MTU above the uplink's loses big packets where path MTU discovery
@@ -206,48 +216,46 @@ func defaultLink(links []netlink.Link) netlink.Link {
 	return nil
 }
 
-// checkKubeProxy tells its mode by the tables it leaves.
-func checkKubeProxy() Finding {
+// checkKubeProxy tells its mode by what it leaves in the kernel.
+func checkKubeProxy(ctx context.Context) Finding {
 	const name = "kube-proxy"
-	chains, err := nft.BaseChains(nft.Options{})
+	chains, err := nft.TablesWithChain(ctx, nft.Options{}, "KUBE-SERVICES", "services")
 	if err != nil {
 		return warn(name, err.Error(), "run as root on the node itself")
 	}
-	ipvs := false
-	if b, err := os.ReadFile("/proc/net/ip_vs"); err == nil {
-		ipvs = strings.Count(string(b), "\n") > 3
-	}
-	for _, c := range chains {
-		if c.Table == "kube-proxy" {
-			return ok(name, "nftables mode")
+	ipvs, _ := os.ReadFile("/proc/net/ip_vs") // none: no IPVS
+	return kubeProxyFinding(chains, strings.Count(string(ipvs), "\n") > 3)
+}
+
+// kubeProxyFinding: chains are those named KUBE-SERVICES or services, as "ip kube-proxy".
+func kubeProxyFinding(tables []string, ipvs bool) Finding {
+	const name = "kube-proxy"
+	var modes []string
+	add := func(mode string, seen bool) {
+		if seen {
+			modes = append(modes, mode)
 		}
 	}
-	if ipvs {
-		return warn(name, "IPVS mode: Service traffic meets no forward hook on its first node before DNAT in the same way; policies judge the pod's address all the same",
-			"kube-proxy's nftables mode is the one that is tested (--proxy-mode=nftables)")
-	}
-	return ok(name, "no nftables or IPVS mode seen (iptables mode, or none: both work)")
-}
-
-// checkClock: certificates and leases of the API fail first when the clock is wrong.
-func checkClock() Finding {
-	const name = "clock"
-	var tx unix.Timex
-	state, err := unix.Adjtimex(&tx)
+	add("nftables", slices.ContainsFunc(tables, func(t string) bool { return strings.HasSuffix(t, " kube-proxy") }))
+	add("iptables", slices.ContainsFunc(tables, func(t string) bool { return strings.HasSuffix(t, " nat") }))
+	add("IPVS", ipvs)
 	switch {
-	case err != nil:
-		return warn(name, "its state cannot be read: "+err.Error(), "timedatectl status")
-	case time.Now().Year() < 2024:
-		return broken(name, "it is "+time.Now().UTC().Format(time.RFC3339)+": certificates will not be valid", "set the clock, start chrony or systemd-timesyncd")
-	case state == unix.TIME_ERROR || tx.Status&unix.STA_UNSYNC != 0:
-		return warn(name, "not synchronised", "start chrony or systemd-timesyncd; in a virtual machine the host's clock may be enough")
+	case len(modes) > 1:
+		return warn(name, "rules of several modes: "+strings.Join(modes, " and ")+": Services may go to backends that are gone",
+			"kube-proxy --cleanup removes the rules of the modes it does not run in; a reboot does too")
+	case ipvs:
+		return warn(name, "IPVS mode: it is not tested with nftcni; policies judge the pod's address all the same",
+			"kube-proxy's nftables mode is the one that is tested (--proxy-mode=nftables)")
+	case len(modes) == 0:
+		return ok(name, "no rules of it (none runs, another program serves Services, or it uses iptables-legacy)")
 	}
-	return ok(name, "synchronised")
+	return ok(name, "%s mode", modes[0])
 }
 
-func checkFeatures(ctx context.Context) []Finding {
+// featureFindings says what this kernel lacks.
+func featureFindings(list []nft.Feature) []Finding {
 	var out []Finding
-	for _, f := range nft.Features(ctx) {
+	for _, f := range list {
 		name := "kernel"
 		switch {
 		case f.Err == nil:

@@ -76,7 +76,8 @@ type BaseChain struct {
 	Kind     string // filter, nat or route
 	Hook     uint32 // NF_INET_*, or of another family
 	Priority int32
-	Drops    bool // its policy is drop
+	Drops    bool   // its policy is drop
+	Packets  uint64 // that its policy decided, where the chain counts them
 }
 
 // BaseChains lists the base chains of every table of the namespace, those of iptables-nft
@@ -99,11 +100,22 @@ func BaseChains(o Options) ([]BaseChain, error) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, BaseChain{Family: m.Data[0], Table: cString(attrs[unix.NFTA_CHAIN_TABLE]), Name: cString(attrs[unix.NFTA_CHAIN_NAME]),
+		counters, err := attributeMap(attrs[unix.NFTA_CHAIN_COUNTERS])
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, BaseChain{Packets: number64(counters[unix.NFTA_COUNTER_PACKETS]), Family: m.Data[0], Table: cString(attrs[unix.NFTA_CHAIN_TABLE]), Name: cString(attrs[unix.NFTA_CHAIN_NAME]),
 			Kind: cString(attrs[unix.NFTA_CHAIN_TYPE]), Hook: trace32(hook[unix.NFTA_HOOK_HOOKNUM]), Priority: int32(trace32(hook[unix.NFTA_HOOK_PRIORITY])),
 			Drops: len(attrs[unix.NFTA_CHAIN_POLICY]) == 4 && trace32(attrs[unix.NFTA_CHAIN_POLICY]) == 0})
 	}
 	return out, nil
+}
+
+func number64(b []byte) uint64 {
+	if len(b) != 8 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(b)
 }
 
 // FamilyName is nft's word for a NFPROTO_* number.
