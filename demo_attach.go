@@ -28,6 +28,7 @@ type demoNode struct {
 	name      string
 	dir       string // everything of the demo's own
 	manifests string
+	source    []string             // flags of the agent that say where objects come from; nil: the manifests
 	ends      map[string]*endpoint // the node and the outside host's addresses
 
 	plugin   *libcni.CNIConfig
@@ -114,7 +115,11 @@ func (n *demoNode) startAgent(ctx context.Context) error {
 	}
 	defer log.Close() // the agent has its own descriptor
 	ctx, n.stopAgent = context.WithCancel(ctx)
-	cmd := exec.CommandContext(ctx, n.path("bin/nftcni"), "agent", "--manifests", n.manifests, "--config", n.path("agent.yaml"))
+	args := append([]string{"agent", "--config", n.path("agent.yaml")}, n.source...)
+	if n.source == nil {
+		args = append(args, "--manifests", n.manifests)
+	}
+	cmd := exec.CommandContext(ctx, n.path("bin/nftcni"), args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	wait, err := startTied(cmd, 5*time.Second)

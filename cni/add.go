@@ -243,8 +243,11 @@ func (a *adding) attach(ctx context.Context) error {
 	return err
 }
 
-func (a *adding) addRoutes(context.Context) error {
-	return a.wire.addHostRoutes()
+func (a *adding) addRoutes(ctx context.Context) error {
+	if err := a.wire.addHostRoutes(); err != nil {
+		return err
+	}
+	return a.wire.awaitCarrier(ctx)
 }
 
 // finish prints the result, then takes Pending off the record, in this order: a plugin
