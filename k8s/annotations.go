@@ -11,6 +11,11 @@ const AnnotationAddresses = "nftcni.io/addresses"
 // a space. Each is 32 bytes in base64, after "0:" or "1:" where it has a parity.
 const AnnotationPublicKey = "nftcni.io/wireguard-keys"
 
+// AnnotationMeshAddresses is the Node annotation in which a node publishes the addresses
+// that others send its pods' packets to, where its configuration chooses others than
+// status.addresses: at most one of each family, separated by a comma.
+const AnnotationMeshAddresses = "nftcni.io/mesh-addresses"
+
 // annotationConfigHash is the kubelet's annotation on mirror pods: the UID of the
 // static pod (k8s.io/kubernetes/pkg/kubelet/types.ConfigHashAnnotationKey).
 const annotationConfigHash = "kubernetes.io/config.hash"

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -204,6 +205,29 @@ func TestClusterPublishedKey(t *testing.T) {
 		n2 := state[objectKey{kind: "Node", name: "n2"}].Node
 		return n2.PublicKey == "" && len(n2.PodCIDRs) == 1 && len(problems) == 1 && problems[0].Severity == Refused
 	})
+}
+
+// TestClusterPublishedMeshAddresses: they reach the others through the node's own Node object, and
+// are gone when there are none.
+func TestClusterPublishedMeshAddresses(t *testing.T) {
+	api := newAPIServer(t, true)
+	api.put(apiNode("n1", "10.1.0.0/24"), apiNode("n2", "10.2.0.0/24"))
+	sink, source := newMirrorSink(), api.source(t)
+	start(t, source, sink)
+	sink.awaitObjects(t, "Node n1", "Node n2")
+	for _, want := range [][]netip.Addr{addrs("192.0.2.1", "fd00::1"), nil} {
+		must(t, source.PublishMeshAddresses(t.Context(), want))
+		sink.await(t, "the addresses", func(state map[objectKey]policy.Event, problems []Problem) bool {
+			n1, n2 := state[objectKey{kind: "Node", name: "n1"}].Node, state[objectKey{kind: "Node", name: "n2"}].Node
+			return slices.Equal(n1.MeshAddrs, want) && n2.MeshAddrs == nil && problems == nil
+		})
+	}
+	if want := `{"metadata":{"annotations":{"nftcni.io/mesh-addresses":null}}}`; len(api.patches) != 2 || api.patches[1] != want {
+		t.Errorf("patches %q, want 2, the second %s", api.patches, want)
+	}
+	if err := source.PublishMeshAddresses(t.Context(), addrs("fe80::1")); err == nil || !strings.Contains(err.Error(), "unicast") {
+		t.Errorf("a link-local address: %v", err)
+	}
 }
 
 // TestPolicyGeneration: read from the server itself, whatever the watch has seen.

@@ -57,6 +57,7 @@ func namespaceWith(name string, labels map[string]string) policy.Namespace {
 func convertNode(n *corev1.Node, f *faults) policy.Node {
 	out := policy.Node{Name: intern(n.Name), Labels: policy.MakeLabels(n.Labels)}
 	out.PublicKey = convertPublicKeys(n.Annotations[AnnotationPublicKey], f)
+	out.MeshAddrs = convertMeshAddrs(n.Annotations[AnnotationMeshAddresses], f)
 	for i, a := range n.Status.Addresses {
 		if a.Type != corev1.NodeInternalIP {
 			continue

@@ -36,6 +36,10 @@ func nodeWithKeys(keys string) string {
 	return "apiVersion: v1\nkind: Node\nmetadata: {name: n1, annotations: {nftcni.io/wireguard-keys: '" + keys + "'}}"
 }
 
+func nodeWithMesh(addrs string) string {
+	return "apiVersion: v1\nkind: Node\nmetadata: {name: n1, annotations: {nftcni.io/mesh-addresses: '" + addrs + "'}}"
+}
+
 // TestObjectMeaning: Pods, Namespaces and Nodes, the namespaces that are implied, and
 // what is no error.
 func TestObjectMeaning(t *testing.T) {
@@ -96,6 +100,7 @@ spec:
 		{"node: public keys", nodeWithKeys("0:" + publicKey1 + "   1:" + publicKey2),
 			[]policy.Event{{Node: &policy.Node{Name: "n1", PublicKey: "0:" + publicKey1 + " 1:" + publicKey2}}}},
 		{"node: one public key as wg(8) prints it", nodeWithKeys(publicKey1), []policy.Event{{Node: &policy.Node{Name: "n1", PublicKey: publicKey1}}}},
+		{"node: mesh addresses", nodeWithMesh("192.0.2.1, fd00::1"), []policy.Event{{Node: &policy.Node{Name: "n1", MeshAddrs: addrs("192.0.2.1", "fd00::1")}}}},
 		{"List, lists in lists, typed lists without kinds",
 			"apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: NamespaceList, items: [{metadata: {name: a}}]}\n- {apiVersion: v1, kind: Namespace, metadata: {name: b}}",
 			[]policy.Event{ns("a"), ns("b")}},
@@ -125,6 +130,7 @@ spec:
 // the same file is lost.
 func TestObjectRefusals(t *testing.T) {
 	const pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\n"
+	const meshField = "metadata.annotations[" + AnnotationMeshAddresses + "]"
 	const keysField = "metadata.annotations[" + AnnotationPublicKey + "]"
 	tests := []struct {
 		name, yaml, object, field, message string
@@ -160,6 +166,10 @@ func TestObjectRefusals(t *testing.T) {
 		{"three node keys", nodeWithKeys("a b c"), "Node n1", keysField, "3 keys", 1},
 		{"node keys of blanks", nodeWithKeys("  "), "Node n1", keysField, "0 keys", 1},
 		{"endless node keys", nodeWithKeys(strings.Repeat("A", 129)), "Node n1", keysField, "at most 128", 1},
+		{"node mesh address", nodeWithMesh("x"), "Node n1", meshField, "not a unicast address", 1},
+		{"node mesh address on a link", nodeWithMesh("fe80::1"), "Node n1", meshField, "not a unicast address", 1},
+		{"node mesh addresses of one family", nodeWithMesh("192.0.2.1,192.0.2.2"), "Node n1", meshField, "more than one address of a family", 1},
+		{"endless node mesh addresses", nodeWithMesh(strings.Repeat("1", 129)), "Node n1", meshField, "at most 128", 1},
 		{"wrong type", pod + "spec: []", "Pod default/p", "spec", "is not a", 1},
 		{"calico", "apiVersion: crd.projectcalico.org/v1\nkind: NetworkPolicy\nmetadata: {name: x}", "NetworkPolicy x", "kind", "unsupported kind", 1},
 		{"old API", "apiVersion: extensions/v1beta1\nkind: NetworkPolicy\nmetadata: {name: x, namespace: z}", "NetworkPolicy z/x", "apiVersion", "unsupported version", 1},

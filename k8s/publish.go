@@ -28,11 +28,7 @@ var ErrPodGone = errors.New("pod is gone")
 func (c *Cluster) PublishAddresses(ctx context.Context, pod policy.Name, uid string, addrs []netip.Addr) error {
 	var value any
 	if len(addrs) > 0 {
-		parts := make([]string, len(addrs))
-		for i, a := range addrs {
-			parts[i] = a.String()
-		}
-		value = strings.Join(parts, ",")
+		value = joinAddrs(addrs)
 	}
 	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
 		"uid":         c.apiUID(pod, uid),
@@ -60,17 +56,44 @@ func (c *Cluster) PublishNodeKey(ctx context.Context, key string) error {
 	if err := checkPublicKeys(fields); err != nil {
 		return fmt.Errorf("publish the public key of node %s: %w", c.node, err)
 	}
-	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
-		"annotations": map[string]any{AnnotationPublicKey: strings.Join(fields, " ")},
-	}})
-	if err != nil {
-		return fmt.Errorf("publish the public key of node %s: %w", c.node, err)
-	}
-	err = c.clients.core.Patch(types.MergePatchType).Resource("nodes").Name(c.node).Body(patch).Do(ctx).Error()
-	if err != nil {
+	if err := c.annotateNode(ctx, AnnotationPublicKey, strings.Join(fields, " ")); err != nil {
 		return fmt.Errorf("publish the public key of node %s: %w", c.node, err)
 	}
 	return nil
+}
+
+// PublishMeshAddresses sets AnnotationMeshAddresses of this node's Node object; empty addrs
+// removes it. Trying again is harmless. The error says so if the Node object does not exist.
+func (c *Cluster) PublishMeshAddresses(ctx context.Context, addrs []netip.Addr) error {
+	var value any
+	if len(addrs) > 0 {
+		text := joinAddrs(addrs)
+		if _, err := parseMeshAddrs(text); err != nil {
+			return fmt.Errorf("publish the mesh addresses of node %s: %w", c.node, err)
+		}
+		value = text
+	}
+	if err := c.annotateNode(ctx, AnnotationMeshAddresses, value); err != nil {
+		return fmt.Errorf("publish the mesh addresses of node %s: %w", c.node, err)
+	}
+	return nil
+}
+
+// annotateNode sets an annotation of this node's Node object, or removes it where value is nil.
+func (c *Cluster) annotateNode(ctx context.Context, key string, value any) error {
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]any{key: value}}})
+	if err != nil {
+		return err
+	}
+	return c.clients.core.Patch(types.MergePatchType).Resource("nodes").Name(c.node).Body(patch).Do(ctx).Error()
+}
+
+func joinAddrs(addrs []netip.Addr) string {
+	parts := make([]string, len(addrs))
+	for i, a := range addrs {
+		parts[i] = a.String()
+	}
+	return strings.Join(parts, ",")
 }
 
 // Record queues a Kubernetes Event of type Warning on a Pod or NetworkPolicy. It never

@@ -80,9 +80,11 @@ type Node struct {
 	Labels   Labels
 	Addrs    []netip.Addr   // status.addresses of type InternalIP
 	PodCIDRs []netip.Prefix // spec.podCIDRs
-	// PublicKey is what the node published for encryption between nodes; it is carried
-	// for the routing and means nothing to policy.
+	// PublicKey is what the node published for encryption between nodes, and MeshAddrs
+	// the addresses it wants others to send its pods' packets to, at most one of each family (none: Addrs). Both are
+	// carried for the routing and mean nothing to policy.
 	PublicKey string
+	MeshAddrs []netip.Addr
 }
 
 // Pod is a v1 Pod stripped to what policy reads.
