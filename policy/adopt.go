@@ -3,6 +3,7 @@ package policy
 import (
 	"cmp"
 	"encoding/binary"
+	"maps"
 	"slices"
 )
 
@@ -28,6 +29,7 @@ type adoption struct {
 	pieces    []netRange
 	shifts    []shift
 	renamings map[renaming]bool // true: some address is local
+	changed   map[renaming]bool // those that change the number
 	contents  map[uint32]*class
 	crossings []crossing
 	left      []uint32 // profiles that some crossing leaves
@@ -135,7 +137,7 @@ func (a *adoption) identityVotes() (map[*identity]map[uint32]int, func(*identity
 	votes := map[*identity]map[uint32]int{}
 	cast := func(i *identity, k Key) {
 		n, ok := a.kernel[k]
-		if i == nil || !ok || n < IdentityFirst || n > IdentityLast {
+		if i == nil || !ok || !a.e.identityNumbers.valid(n) {
 			return
 		}
 		if votes[i] == nil {
@@ -200,23 +202,14 @@ func (a *adoption) renumberClasses() {
 			}
 		}
 	})
-	var all []*class
-	for _, c := range e.classes {
-		all = append(all, c)
-	}
-	slices.SortFunc(all, func(x, y *class) int { return cmp.Compare(x.num, y.num) })
+	all := slices.SortedFunc(maps.Values(e.classes), func(x, y *class) int { return cmp.Compare(x.num, y.num) })
 	for _, c := range all {
 		n, ok := a.classes[c.key]
-		if !ok || n < ClassFirst || n > ClassLast {
+		if !ok || !e.classNumbers.valid(n) {
 			n = e.classNumbers.next()
 		}
 		c.num = n
 	}
-	e.classNumbers.keep(func(yield func(uint32)) {
-		for _, c := range all {
-			yield(c.num)
-		}
-	})
 }
 
 // renumber does the same for identities and profiles.
@@ -242,11 +235,6 @@ func (a *adoption) renumber() {
 		i.num = n
 		e.identities[n] = i
 	}
-	e.identityNumbers.keep(func(yield func(uint32)) {
-		for _, i := range all {
-			yield(i.num)
-		}
-	})
 	for _, d := range Directions {
 		a.renumberProfiles(d)
 	}
@@ -264,25 +252,42 @@ func (a *adoption) renumberProfiles(d Direction) {
 			}
 		}
 	})
-	var all []*profile
-	for _, p := range a.e.profiles {
-		if p.dir == d {
-			all = append(all, p)
-		}
-	}
-	slices.SortFunc(all, func(x, y *profile) int { return cmp.Compare(x.num, y.num) })
+	all := slices.SortedFunc(maps.Values(a.e.profiles), func(x, y *profile) int { return cmp.Compare(x.num, y.num) })
 	for _, p := range all {
+		if p.dir != d {
+			continue
+		}
 		n, ok := a.profiles[p]
 		if !ok {
 			n = numbers.next()
 		}
 		p.num = n
 	}
-	numbers.keep(func(yield func(uint32)) {
-		for _, p := range all {
-			yield(p.num)
+}
+
+// freeNumbers lets go of the numbers that only the kernel had, once all that the change
+// needs are handed out.
+func (a *adoption) freeNumbers() {
+	e := a.e
+	e.classNumbers.keep(func(yield func(uint32)) {
+		for _, c := range e.classes {
+			yield(c.num)
 		}
 	})
+	e.identityNumbers.keep(func(yield func(uint32)) {
+		for n := range e.identities {
+			yield(n)
+		}
+	})
+	for _, d := range Directions {
+		e.profileNumbers(d).keep(func(yield func(uint32)) {
+			for _, p := range e.profiles {
+				if p.dir == d {
+					yield(p.num)
+				}
+			}
+		})
+	}
 }
 
 func sortedOps(ops []Op) []Op {

@@ -229,8 +229,7 @@ func writeSelector(b *strings.Builder, s Selector) {
 	}
 	slices.Sort(parts)
 	for _, p := range slices.Compact(parts) {
-		b.WriteString(p)
-		b.WriteByte(3)
+		b.WriteString(p + "\x03")
 	}
 }
 
@@ -241,7 +240,7 @@ type body struct {
 	key             string
 	action          Action
 	log             bool
-	ports, notPorts []PortMatch // ports nil: every protocol and port
+	ports, notPorts []PortMatch
 	names           []portName
 	resolved        map[string]*body // by the numbers of names
 }
@@ -252,14 +251,10 @@ func (b *body) plain() bool { return b.action == Allow && !b.log }
 func (e *Engine) body(r *Rule) *body { return e.internBody(r.Action, r.Log, r.Ports, r.NotPorts) }
 
 func (e *Engine) internBody(action Action, log bool, ports, notPorts []PortMatch) *body {
-	key := []byte{byte(action), 0, byte(min(len(ports), 1))}
-	if log {
-		key[1] = 1
+	if ports == nil {
+		ports = []PortMatch{{Last: 65535}}
 	}
-	if ports != nil {
-		key[2] = 2
-	}
-	key = appendPorts(key, ports)
+	key := appendPorts(fmt.Append(nil, action, log), ports)
 	key = appendPorts(append(key, 0xff), notPorts)
 	if b := e.bodies[string(key)]; b != nil {
 		return b
@@ -309,11 +304,10 @@ func (e *Engine) resolve(b *body, named []namedPort) *body {
 	key := make([]byte, 0, 32)
 	for _, n := range b.names {
 		i := slices.IndexFunc(named, func(p namedPort) bool { return p.portName == n })
-		if i < 0 {
-			key = append(key, 0)
-			continue
+		if i >= 0 {
+			key = binary.BigEndian.AppendUint16(append(key, byte(named[i].actual)), named[i].port)
 		}
-		key = binary.BigEndian.AppendUint16(append(key, 1, byte(named[i].actual)), named[i].port)
+		key = append(key, 0xff)
 	}
 	if r := b.resolved[string(key)]; r != nil {
 		return r
@@ -327,9 +321,6 @@ func (e *Engine) resolve(b *body, named []namedPort) *body {
 }
 
 func resolvePorts(ports []PortMatch, named []namedPort) []PortMatch {
-	if ports == nil {
-		return nil
-	}
 	out := []PortMatch{}
 	for _, m := range ports {
 		if m.Name == "" {

@@ -114,8 +114,8 @@ func (e *Engine) canonicalTier(walk []uint32, start int) []uint32 {
 
 func (e *Engine) mark(s *signature) {
 	e.epoch++
-	if int(e.lastAtom) >= len(e.marks) {
-		e.marks = append(e.marks, make([]uint64, int(e.lastAtom)+1-len(e.marks)+64)...)
+	for int(e.lastAtom) >= len(e.marks) {
+		e.marks = append(e.marks, 0)
 	}
 	if s != nil {
 		for _, a := range s.atoms {
@@ -178,9 +178,9 @@ func sortedProtocols(cuts map[Protocol][]uint32) []Protocol {
 	return out
 }
 
-// stretches yields the ranges between cuts (first ports of ranges) that cover 0 to 65535.
+// stretches yields the ranges between neighbouring cuts (the first port of a range, and
+// the one behind its last).
 func stretches(cuts []uint32, yield func(first, last uint16)) {
-	cuts = append(cuts, 0, 65536)
 	slices.Sort(cuts)
 	cuts = slices.Compact(cuts)
 	for i := 0; i+1 < len(cuts); i++ {
@@ -229,7 +229,7 @@ func (e *Engine) walkCode(walk []uint32, in func(PortMatch) bool) uint8 {
 			continue
 		}
 		b := e.bodyByID[w]
-		if b.ports != nil && !slices.ContainsFunc(b.ports, in) || slices.ContainsFunc(b.notPorts, in) {
+		if !slices.ContainsFunc(b.ports, in) || slices.ContainsFunc(b.notPorts, in) {
 			continue
 		}
 		log = log || b.log || b.action == Log

@@ -18,12 +18,18 @@ type crossingKey struct {
 	to   *profile
 }
 
+// value is the number of the class that the predecessor's profile n gave the addresses
+// numbered i.
+func (a *adoption) value(n, i uint32) uint32 {
+	if v, ok := a.rows[n][i]; ok {
+		return v
+	}
+	return a.kernel[Key{Map: AccessOthers, X: n}]
+}
+
 // class is what the predecessor's profile n gave the addresses numbered i.
 func (a *adoption) class(n, i uint32) *class {
-	v, ok := a.rows[n][i]
-	if !ok {
-		v = a.kernel[Key{Map: AccessOthers, X: n}]
-	}
+	v := a.value(n, i)
 	if c := a.contents[v]; c != nil {
 		return c
 	}
@@ -84,7 +90,7 @@ func (o *opposition) note(d Direction, closes, opens bool) {
 // sees reports whether an identity changes for p, which keeps the number n.
 func (a *adoption) sees(n uint32, p *profile) bool {
 	sees := false
-	for r, local := range a.renamings {
+	for r, local := range a.changed {
 		old, now := a.class(n, r.from), p.at(r.to)
 		if old == now {
 			continue
@@ -163,7 +169,6 @@ func (a *adoption) meet(c crossing, ops *[]Op) *profile {
 	e := a.e
 	m := &profile{dir: directionOf(c.key.Map), users: 1}
 	e.numberProfile(m)
-	m.key = "meet" + m.dir.String()
 	write := func(k *class) {
 		if !k.written {
 			k.written = true

@@ -68,9 +68,6 @@ func (pl *plan) writeNets(pieces []netRange) {
 	for _, r := range pl.oldNets.ranges {
 		r.id.members--
 		e.looseIdentities = append(e.looseIdentities, r.id)
-		if r.sig != nil {
-			e.loose = append(e.loose, r.sig)
-		}
 	}
 	for _, r := range pieces {
 		r.id.members++
@@ -161,7 +158,6 @@ func (pl *plan) meet(from, to *profile) *profile {
 	e := pl.e
 	m := &profile{dir: from.dir, users: 1}
 	e.numberProfile(m)
-	m.key = "meet" + m.dir.String()
 	m.others = e.meet(from.others, to.others)
 	m.others.refs++
 	pl.eachPair(from, to, func(i *identity, old, new *class) {
@@ -180,11 +176,6 @@ func (pl *plan) delta() Delta {
 	for _, p := range e.freshProfiles {
 		if p.users == 0 {
 			e.releaseProfile(p, discard)
-		}
-	}
-	for _, i := range e.freshIdentities {
-		if i.members == 0 {
-			e.releaseIdentity(i, discard)
 		}
 	}
 	d.add(e.maxStep, pl.newElements())
@@ -305,7 +296,7 @@ func (pl *plan) drops() []Op {
 	}
 	for key, m := range pl.meets {
 		if m != key[0] && m != key[1] {
-			m.users = 0
+			m.users--
 			release(m)
 		}
 	}

@@ -27,14 +27,13 @@ func (n *numbers) next() uint32 {
 
 func (n *numbers) free(v uint32) { delete(n.used, v) }
 
-// avoid makes n hand out none of the numbers listed, and only greater ones at first.
+// avoid makes n hand out none of the numbers listed, and greater ones at first, so that
+// what the kernel still has to forget is not soon in its way.
 func (n *numbers) avoid(list func(yield func(uint32))) {
 	n.used, n.cur = map[uint32]struct{}{}, 0
 	list(func(v uint32) {
-		if n.valid(v) {
-			n.used[v] = struct{}{}
-			n.cur = max(n.cur, v)
-		}
+		n.used[v] = struct{}{}
+		n.cur = max(n.cur, v)
 	})
 }
 

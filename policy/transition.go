@@ -57,7 +57,7 @@ func (a *adoption) findShifts() {
 	for _, r := range a.ranges {
 		old = append(old, netRange{from: r.from, to: r.to, id: &identity{num: r.value}})
 	}
-	a.renamings = map[renaming]bool{{from: IdentityOthers}: false}
+	a.renamings, a.changed = map[renaming]bool{{from: IdentityOthers}: false}, map[renaming]bool{}
 	a.pieces = cut(e.nets.ranges, old)
 	for _, r := range cut(old, e.nets.ranges) {
 		if r.id == nil {
@@ -109,6 +109,9 @@ func (a *adoption) sortedAddresses() []*address {
 func (a *adoption) shift(s shift) {
 	local := s.r != nil && s.r.local
 	a.renamings[s.renaming] = a.renamings[s.renaming] || local
+	if n, ok := a.identities[s.to]; !ok || n != s.from {
+		a.changed[s.renaming] = a.renamings[s.renaming]
+	}
 	a.shifts = append(a.shifts, s)
 }
 
@@ -116,11 +119,7 @@ func (a *adoption) shift(s shift) {
 func (a *adoption) seen(i uint32) string {
 	var key []byte
 	for _, n := range a.left {
-		v, ok := a.rows[n][i]
-		if !ok {
-			v = a.kernel[Key{Map: AccessOthers, X: n}]
-		}
-		key = binary.BigEndian.AppendUint32(key, v)
+		key = binary.BigEndian.AppendUint32(key, a.value(n, i))
 	}
 	return string(key)
 }
@@ -224,6 +223,7 @@ func (a *adoption) steps() Delta {
 	e.releaseClasses(drop)
 	d.Drops = sortedOps(d.Drops)
 	d.Revokes = len(d.Steps) > 0
+	a.freeNumbers()
 	e.finish(false, nil)
 	e.retired = len(d.Drops) > 0
 	return d
