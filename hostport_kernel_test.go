@@ -195,3 +195,52 @@ spec:
 		t.Fatal(err)
 	}
 }
+
+// TestKernelPodToHostSetting flips the agent's setting with pods, probes and host ports in place.
+func TestKernelPodToHostSetting(t *testing.T) { inFreshNode(t, testPodToHostSetting) }
+
+func testPodToHostSetting(t *testing.T) {
+	n, err := newDemoNode("node1", map[string][]netip.Addr{"outside": addrsOf(outsidePrefixes)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.startAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	outside, node := n.ends["outside"], n.ends["node"]
+	if err := serve(t.Context(), node, []service{{6, 22}, {6, 10250}, {17, 53}, {6, 53}}); err != nil {
+		t.Fatal(err)
+	}
+	web, err := n.portedPod(t, "web", "10.50.0.2 fd50::2", map[string]any{"hostPort": 8080, "containerPort": 80})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := n.portedPod(t, "other", "10.50.0.3 fd50::3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct{ settings, ssh, kubelet string }{
+		{"", "node", "node"}, {"podToHost: deny\n", "", ""}, {"podToHost: deny\npodToHostPorts: [tcp/10250]\n", "", "node"}, {"podToHost: allow\n", "node", "node"},
+	} {
+		if n.settings = step.settings; step.settings != "" {
+			if err := n.close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := n.startAgent(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		when := fmt.Sprintf("with %q", step.settings)
+		for _, e := range []*endpoint{web, other} {
+			e.mustHear(t, when, step.ssh, "tcp 192.0.2.1:22", "tcp [2001:db8::1]:22")
+			e.mustHear(t, when, step.kubelet, "tcp 192.0.2.1:10250", "tcp [2001:db8::1]:10250")
+			e.mustHear(t, when, "node", "tcp 192.0.2.1:53", "udp 192.0.2.1:53", "tcp [2001:db8::1]:53", "udp [2001:db8::1]:53")
+			e.mustHear(t, when, "default/web", "tcp 192.0.2.1:8080", "tcp [2001:db8::1]:8080", "tcp 10.50.0.2:80", "tcp [fd50::2]:80")
+		}
+		node.mustHear(t, when, "default/web", "tcp 10.50.0.2:80", "udp 10.50.0.2:53", "tcp [fd50::2]:80", "tcp 127.0.0.1:8080")
+		outside.mustHear(t, when, "node", "tcp 192.0.2.1:22", "tcp [2001:db8::1]:22")
+	}
+	if err := n.close(); err != nil {
+		t.Error(err)
+	}
+}

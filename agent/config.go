@@ -48,6 +48,11 @@ type Config struct {
 	ClusterCIDRs []netip.Prefix `json:"clusterCIDRs,omitempty"`
 	// NonMasqueradeCIDRs are further destinations that see a pod's own address.
 	NonMasqueradeCIDRs []netip.Prefix `json:"nonMasqueradeCIDRs,omitempty"`
+	// PodToHost is "allow" (default) or "deny": deny closes the node's own addresses to its
+	// pods, except DNS (port 53), answers to the node's connections and PodToHostPorts.
+	PodToHost string `json:"podToHost,omitempty"`
+	// PodToHostPorts stay open with deny, as tcp/10250; other than with deny they mean nothing.
+	PodToHostPorts []string `json:"podToHostPorts,omitempty"`
 	// MTU of pods; default: the plugin takes the uplink's.
 	MTU int `json:"mtu,omitempty"`
 	// Mesh is how pods of this node reach those of others.
@@ -115,6 +120,7 @@ func (c Config) withDefaults() (Config, error) {
 	c.StateDir = cmp.Or(c.StateDir, cni.DefaultStateDir)
 	c.PodWait = cmp.Or(c.PodWait, Duration(10*time.Second))
 	c.OwnTable = cmp.Or(c.OwnTable, &own)
+	c.PodToHost = cmp.Or(c.PodToHost, PodToHostAllow)
 	c.LogLevel = cmp.Or(c.LogLevel, "info")
 	c.LogFormat = cmp.Or(c.LogFormat, "text")
 	return c, c.validate()
@@ -147,7 +153,8 @@ func (c Config) validate() error {
 	if _, err := c.logLevel(); err != nil {
 		return err
 	}
-	return nil
+	_, err := c.podToHost()
+	return err
 }
 
 // notMasqueraded are the configured destinations that see a pod's own address; the

@@ -260,7 +260,7 @@ func notNil(p []netip.Prefix) []netip.Prefix {
 }
 
 func (l *loop) push(ctx context.Context, c nft.Change) (nft.Receipt, error) {
-	if c.Delta.Empty() && len(c.Bind)+len(c.Unbind) == 0 && c.PodNetworks == nil && c.Tunnels == nil && c.HostPorts == nil {
+	if c.Delta.Empty() && len(c.Bind)+len(c.Unbind) == 0 && c.PodNetworks == nil && c.Tunnels == nil && c.HostPorts == nil && c.PodToHost == nil {
 		return nft.Receipt{Seq: l.lastSeq, Generation: l.state.Generation}, nil
 	}
 	r, err := l.table.Apply(ctx, c)
@@ -308,6 +308,7 @@ func (l *loop) tryResync(ctx context.Context, reopen bool) (nft.Receipt, error) 
 	}
 	l.heard, l.mapped = state.Tunnels, state.HostPorts
 	c.Tunnels, c.HostPorts = l.changedTunnels(), l.changedHostPorts()
+	c.PodToHost = l.changedPodToHost(state.PodToHost)
 	return l.push(ctx, c)
 }
 

@@ -24,6 +24,7 @@ type memoryTable struct {
 	networks []netip.Prefix
 	tunnels  nft.Tunnels
 	ports    []nft.HostPort
+	toHost   nft.PodToHost
 	seq      uint64
 	writes   int
 	fail     error // of the next Apply, after its first step
@@ -35,7 +36,7 @@ func newMemoryTable() *memoryTable {
 }
 
 func (m *memoryTable) State(context.Context) (nft.State, error) {
-	s := nft.State{Tables: maps.Clone(m.tables), PodNetworks: m.networks, Tunnels: m.tunnels, HostPorts: m.ports}
+	s := nft.State{Tables: maps.Clone(m.tables), PodNetworks: m.networks, Tunnels: m.tunnels, HostPorts: m.ports, PodToHost: m.toHost}
 	for b := range m.bindings {
 		s.Bindings = append(s.Bindings, b)
 	}
@@ -66,6 +67,9 @@ func (m *memoryTable) Apply(_ context.Context, c nft.Change) (nft.Receipt, error
 	}
 	if c.Tunnels != nil {
 		m.tunnels = *c.Tunnels
+	}
+	if c.PodToHost != nil {
+		m.toHost = *c.PodToHost
 	}
 	if c.HostPorts != nil {
 		m.ports = c.HostPorts
