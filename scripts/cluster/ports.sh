@@ -109,11 +109,11 @@ took() { if [ "$1" = free ]; then [ "$2" -gt 0 ] && [ "$2" -lt 2000 ]; else [ "$
 
 # transfer NAMESPACE FROM TO: milliseconds that 3 MB take
 transfer() {
-  k -n "$1" exec "$3" -- bash -c 'rm -f /tmp/got; (timeout 30 nc -l 7000 >/tmp/got; touch /tmp/got.all) >/dev/null 2>&1 </dev/null &' || return 1
+  k -n "$1" exec "$3" -- bash -c 'nc -l -w 60 7000 >/dev/null 2>&1 </dev/null &' || return 1
   k -n "$1" exec "$2" -- bash -c '
     for i in 1 2 3 4 5 6 7 8 9 10; do
       began=${EPOCHREALTIME/./}
-      if head -c 3000000 /dev/zero | timeout 30 nc -N "$0" 7000; then echo $(((${EPOCHREALTIME/./} - began) / 1000)); exit; fi
+      if head -c 3000000 /dev/zero | nc -N -w 30 "$0" 7000; then echo $(((${EPOCHREALTIME/./} - began) / 1000)); exit; fi
       sleep 0.2
     done; exit 1' "$(pod_address "$1" "$3")"
 }
