@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -123,14 +124,18 @@ func (s *nodeScript) during(ts *testscript.TestScript, _ bool, args []string) {
 	stderr, err := cmd.StderrPipe()
 	ts.Check(err)
 	ts.Check(cmd.Start())
-	first := make([]byte, 512)
-	n, err := stderr.Read(first)
-	ts.Check(err)
+	said := bufio.NewReader(stderr)
+	before := ""
+	for !strings.Contains(before, "try the connection now") {
+		line, err := said.ReadString('\n')
+		ts.Check(err)
+		before += line
+	}
 	s.connect(ts, false, args[:3])
-	rest, err := io.ReadAll(stderr)
+	rest, err := io.ReadAll(said)
 	ts.Check(err)
 	_ = cmd.Wait() // the status says how it ended
-	s.ended(ts, cmd, args[3:], stdout.String(), string(first[:n])+string(rest))
+	s.ended(ts, cmd, args[3:], stdout.String(), before+string(rest))
 }
 
 // connect tries one TCP connection to port 6379 over IPv4.
@@ -200,13 +205,16 @@ var volatile = []struct {
 	{regexp.MustCompile(`\bpacket [0-9a-f]{6,8}\b`), "packet ID"},
 	{regexp.MustCompile(`(\bfrom port |shop/\w+ +|(?:10\.244\.0\.\d+|\[fd00:10:244::\w+\]):)\d{5}\b`), "${1}40000"},
 	{regexp.MustCompile(`\bhandle \d+`), "handle N"},
+	{regexp.MustCompile(`inet nftcni, \d+ elements`), "inet nftcni, N elements"},
 	{regexp.MustCompile(`\bseed \d+`), "seed N"},
 	{regexp.MustCompile(`\b\d+ probed\b`), "N probed"},
+	{regexp.MustCompile(`\b([1-9]\d*|\d+ of \d+ flows) decided otherwise`), "N decided otherwise"},
 	{regexp.MustCompile(`\bkernel generation \d+`), "kernel generation N"},
 	{regexp.MustCompile(`(ready, generation |(?m:^generation +))\d+`), "${1}N"}, // nf_tables', policies' are 1 here
 	{regexp.MustCompile(`\d+ elements? in \d+ transactions?, N us`), "N elements in N transactions, N us"},
 	{regexp.MustCompile(`\d+ changes?, half within (more than )?[0-9.]+[mµ]?s, 99% within (more than )?[0-9.]+[mµ]?s +\|.*\|`), "N changes, half within AGE, 99% within AGE  |BARS|"},
 	{regexp.MustCompile(`("?\b(packet|seq|micros|kernelMicros|seed|millis|flows|clientPort|mark|expires\w*|timeout\w*|kernelGeneration|commits|sumMicros|transactions|elements|events)"?: ?)("[0-9a-f]+"|'[0-9a-f]+'|[0-9a-fx.]+)`), "${1}N"},
+	{regexp.MustCompile(`(wrongCount"?: )[1-9]\d*`), "${1}N"},
 	{regexp.MustCompile(`("?generation"?: )([2-9]|\d\d+)\b`), "${1}N"},
 	{regexp.MustCompile(`(?s)("counts"|"recent"): \[.*?\n  (  )?\]`), "$1: []"},
 	{regexp.MustCompile(`(?m)^((?:  )?(?:counts|recent):)\n((?:  )?[ -] .*\n)*`), "$1 []\n"},

@@ -29,12 +29,14 @@ const (
 
 // connections follows conntrack's events of new connections until ctx ends: an entry is
 // made when the first packet has passed every hook, so these are the allowed ones.
-func (w *flowWatch) connections(ctx context.Context) error {
+// It calls listening when it has begun.
+func (w *flowWatch) connections(ctx context.Context, listening func()) error {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: 1 << (unix.NFNLGRP_CONNTRACK_NEW - 1)})
 	if err != nil {
 		return fmt.Errorf("listen to conntrack: %w", err)
 	}
 	defer func() { _ = c.Close() }()
+	listening()
 	_ = c.SetReadBuffer(4 << 20) // a smaller one only loses more events, and they are counted
 	socket, err := c.SyscallConn()
 	if err != nil {

@@ -30,9 +30,9 @@ func newFlowWatch(l *loop, log *slog.Logger) *flowWatch {
 	return &flowWatch{log: newFlowLog(), names: &namer{loop: l}, slog: log, node: l.cfg.Node}
 }
 
-// denials follows the nflog groups of the ruleset until ctx ends. The messages are
-// sampled by the ruleset: the denied sets count all.
-func (w *flowWatch) denials(ctx context.Context) error {
+// denials follows the nflog groups of the ruleset until ctx ends, and calls listening when
+// it has begun. The messages are sampled by the ruleset: the denied sets count all.
+func (w *flowWatch) denials(ctx context.Context, listening func()) error {
 	for _, group := range []uint16{nft.LogGroupDenied, nft.LogGroupRule} {
 		c, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: 128, QThresh: 1})
 		if err != nil {
@@ -55,6 +55,7 @@ func (w *flowWatch) denials(ctx context.Context) error {
 			return fmt.Errorf("listen to nflog group %d: %w", group, err)
 		}
 	}
+	listening()
 	<-ctx.Done()
 	return nil
 }

@@ -135,8 +135,18 @@ func (o *observers) start(ctx context.Context, cfg Config, run func(name string,
 		})
 	}
 	watch("the snapshot file", func() error { return keepSnapshotFile(ctx, o.loop, o.log) })
-	watch("the list of denied flows", func() error { return o.flows.denials(ctx) })
-	watch("the list of allowed flows", func() error { return o.flows.connections(ctx) })
+	var listening sync.WaitGroup // before the agent is ready: what happens then is listed
+	listen := func(name string, follow func(context.Context, func()) error) {
+		listening.Add(1)
+		begun := sync.OnceFunc(listening.Done)
+		watch(name, func() error {
+			defer begun()
+			return follow(ctx, begun)
+		})
+	}
+	listen("the list of denied flows", o.flows.denials)
+	listen("the list of allowed flows", o.flows.connections)
+	listening.Wait()
 	if cfg.FlowLog != "" {
 		f, err := openFlowFile(cfg.FlowLog, flowFileBytes)
 		if err != nil {
@@ -147,8 +157,12 @@ func (o *observers) start(ctx context.Context, cfg Config, run func(name string,
 	if cfg.Metrics == "" {
 		return nil
 	}
+	return o.serveMetrics(ctx, cfg.Metrics, watch)
+}
+
+func (o *observers) serveMetrics(ctx context.Context, address string, watch func(name string, task func() error)) error {
 	lc := net.ListenConfig{}
-	ln, err := lc.Listen(ctx, "tcp", cfg.Metrics)
+	ln, err := lc.Listen(ctx, "tcp", address)
 	if err != nil {
 		return fmt.Errorf("config field metrics: %w", err)
 	}

@@ -1,11 +1,13 @@
 package debug
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -90,6 +92,9 @@ func podRows(pods []agent.Pod, all bool) []PodRow {
 				Addresses: p.Addrs, Interfaces: p.Interfaces, Labels: p.Labels.Map(), Note: note(p.Pod)})
 		}
 	}
+	slices.SortFunc(rows, func(a, b PodRow) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	})
 	return rows
 }
 
@@ -174,6 +179,9 @@ func policyRows(list []agent.Policy) []PolicyRow {
 		}
 		rows = append(rows, r)
 	}
+	slices.SortFunc(rows, func(a, b PolicyRow) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Kind, b.Kind))
+	})
 	return rows
 }
 

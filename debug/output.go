@@ -59,6 +59,7 @@ func (s *session) print(cmd *cobra.Command, v any, asTable func(io.Writer) error
 	case "json":
 		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")
+		e.SetEscapeHTML(false)
 		return e.Encode(v)
 	case "yaml":
 		b, err := yaml.Marshal(v)
@@ -112,7 +113,9 @@ func (s *session) printStream(cmd *cobra.Command, v any) error {
 	w := cmd.OutOrStdout()
 	switch s.format {
 	case "json":
-		return json.NewEncoder(w).Encode(v)
+		e := json.NewEncoder(w)
+		e.SetEscapeHTML(false)
+		return e.Encode(v)
 	case "yaml":
 		if _, err := io.WriteString(w, "---\n"); err != nil {
 			return err

@@ -129,6 +129,7 @@ func (v *Verification) probe(snap agent.Snapshot, tables policy.Tables, flows in
 			}
 		}
 	}
+	slices.Sort(v.Wrong)
 }
 
 // probeEnds are the addresses of this node's pods, and those of all pods, of world and
@@ -145,6 +146,9 @@ func probeEnds(snap agent.Snapshot) (local, all []netip.Addr) {
 	}
 	for _, w := range outsiders(snap.Cluster) {
 		all = append(all, w.addrs...)
+	}
+	for _, list := range [][]netip.Addr{local, all} { // so that a seed means the same flows in the next run
+		slices.SortFunc(list, netip.Addr.Compare)
 	}
 	return local, all
 }
