@@ -286,7 +286,12 @@ func (l *loop) remove(b *batch, r cni.DetachRequest, done func(nft.Receipt, erro
 		b.touched[r.HostInterface] = true
 		b.unbind = append(b.unbind, bindings(old.Attachment)...)
 		b.events = append(b.events, l.inv.detach(r.HostInterface)...)
-		b.answers = append(b.answers, done)
+		b.answers = append(b.answers, func(r nft.Receipt, err error) {
+			if err == nil { // runtimes repeat DEL: only the one that found something is told of
+				l.log.Info("detached", "pod", podName(old.Attachment).String(), "interface", old.HostInterface, "container", old.ContainerID)
+			}
+			done(r, err)
+		})
 	}
 }
 

@@ -1,12 +1,14 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -203,7 +205,8 @@ func TestAttachWaitsForItsPod(t *testing.T) {
 func TestDetach(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		table := newMemoryTable()
-		l, ctx := startLoop(t, table, nil)
+		var log bytes.Buffer
+		l, ctx := startLoop(t, table, func(l *loop) { l.log = slog.New(slog.NewTextHandler(&log, nil)) })
 		_ = l.send(ctx, l.replace(shopCluster, nil))
 		a := attachmentOf("shop", "web", "u1", "nft000000000001", "10.0.0.1", "fd00::1")
 		if _, err := l.attach(ctx, a); err != nil {
@@ -228,6 +231,11 @@ func TestDetach(t *testing.T) {
 		synctest.Wait()
 		if len(table.bindings) != 0 || len(table.tables) != 0 {
 			t.Errorf("after detach: bindings %v, elements %v", table.bindings, table.tables)
+		}
+		said := ""
+		_ = l.do(ctx, func() { said = log.String() })
+		if strings.Count(said, "msg=detached") != 1 {
+			t.Errorf("one attachment, logged as:\n%s", said)
 		}
 	})
 }

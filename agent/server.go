@@ -133,7 +133,6 @@ func (s *server) detach(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusServiceUnavailable, err)
 		return
 	}
-	s.log.Info("detached", "interface", req.HostInterface, "container", req.ContainerID)
 	reply(w, struct{}{})
 }
 
