@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -225,7 +226,7 @@ func peerKey(p Peer) string {
 func writeSelector(b *strings.Builder, s Selector) {
 	parts := make([]string, len(s.Requirements))
 	for i, r := range s.Requirements {
-		parts[i] = r.Key + "\x04" + string('0'+rune(r.Op)) + strings.Join(r.Values, "\x05")
+		parts[i] = r.Key + "\x04" + strconv.Itoa(int(r.Op)) + strings.Join(r.Values, "\x05")
 	}
 	slices.Sort(parts)
 	for _, p := range slices.Compact(parts) {
@@ -259,8 +260,7 @@ func (e *Engine) internBody(action Action, log bool, ports, notPorts []PortMatch
 	if b := e.bodies[string(key)]; b != nil {
 		return b
 	}
-	e.lastBody++
-	b := &body{id: e.lastBody, key: string(key), action: action, log: log, ports: ports, notPorts: notPorts}
+	b := &body{id: e.nextBody, key: string(key), action: action, log: log, ports: ports, notPorts: notPorts}
 	for _, m := range slices.Concat(ports, notPorts) {
 		if m.Name != "" {
 			b.names = append(b.names, portName{m.Name, m.Protocol})
@@ -270,6 +270,7 @@ func (e *Engine) internBody(action Action, log bool, ports, notPorts []PortMatch
 	b.names = slices.Compact(b.names)
 	e.bodies[b.key] = b
 	e.bodyByID[b.id] = b
+	e.nextBody++
 	return b
 }
 

@@ -11,6 +11,9 @@ import (
 // later, or never (what is not forgotten costs memory). tidy: Tidy was called last.
 func CheckBooks(e *Engine, tidy bool) error {
 	b := &books{e: e}
+	for _, c := range e.classes {
+		b.want(c.refs > 0, "class %v is remembered", c)
+	}
 	b.checkInput()
 	b.checkRules()
 	b.checkNumbers()
@@ -77,7 +80,7 @@ func (b *books) checkInput() {
 			}
 		}
 		b.want(r.owner == owner, "owner of %v", r.addr)
-		b.want(len(r.claims) == len(c) || len(c) == 1 && r.claims == nil, "claims on %v", r.addr)
+		b.want(len(r.claims) == len(c) && len(c) > 1 || len(c) <= 1 && r.claims == nil, "claims on %v", r.addr)
 		isLocal := owner != nil && e.isLocal(owner)
 		_, listed := e.locals[r]
 		b.want(r.local == isLocal && listed == isLocal, "%v local", r.addr)
@@ -164,6 +167,8 @@ func (b *books) checkRules() {
 	e := b.e
 	u := b.uses()
 	for t, n := range u.parts {
+		live := slices.DeleteFunc(slices.Clone(t.source), func(r Rule) bool { return r.Peers != nil && len(r.Peers) == 0 || r.Ports != nil && len(r.Ports) == 0 })
+		b.want(len(t.rules) == len(live), "%v has %d rules in force, want %d", t.id, len(t.rules), len(live))
 		b.want(t.refs == n, "%v is in %d profiles, counted %d", t.id, n, t.refs)
 		for _, r := range t.rules {
 			b.want(e.bodies[r.body.key] == r.body && e.bodyByID[r.body.id] == r.body, "body of a rule of %v", t.id)
@@ -285,12 +290,7 @@ func (b *books) checkRows() {
 			b.want(e.walks[w] == c, "walk of %v", c)
 		}
 		walks += len(c.walks)
-		b.want(slices.IsSortedFunc(c.spans, func(x, y span) int {
-			if x.protocol == y.protocol && x.last+1 == y.first && x.code == y.code {
-				return 1
-			}
-			return int(x.protocol) - int(y.protocol)
-		}), "class %v is not written shortly", c)
+		b.want(shortly(c), "class %v is not written shortly", c)
 	}
 	b.want(maps.Equal(e.classNumbers.used, numbers) && walks == len(e.walks), "numbers of classes or walks")
 	for n, m := range e.nameIdentities {
@@ -303,6 +303,22 @@ func (b *books) checkRows() {
 			b.want(slices.Contains(p.anyNames, n) && e.profiles[p.key] == p, "profile filed under %s", n.name)
 		}
 	}
+}
+
+// shortly says that no shorter list of spans means the same.
+func shortly(c *class) bool {
+	for i, s := range c.spans {
+		if s.last < s.first || s.code == c.rest {
+			return false
+		}
+		if i == 0 {
+			continue
+		}
+		if p := c.spans[i-1]; p.protocol > s.protocol || p.protocol == s.protocol && (p.last >= s.first || p.last+1 == s.first && p.code == s.code) {
+			return false
+		}
+	}
+	return true
 }
 
 func (b *books) checkNets() {

@@ -283,10 +283,8 @@ func (pl *plan) drops() []Op {
 	e := pl.e
 	var drops []Op
 	drop := func(k Key, v uint32) { drops = append(drops, remove(k, v)) }
-	seen := map[*profile]bool{}
 	release := func(p *profile) {
-		if p != nil && !seen[p] && p.users == 0 && p.rows != nil {
-			seen[p] = true
+		if p != nil && p.users == 0 && p.rows != nil {
 			e.releaseProfile(p, drop)
 			e.retired = true
 		}
@@ -334,7 +332,7 @@ func (e *Engine) finish(settled bool, drops []Op) {
 			delete(e.addresses, r.addr)
 		}
 	}
-	e.dirty = emptied(e.dirty)
+	e.dirty = map[*address]claim{}
 	e.forgetSignatures()
 	e.freshAtoms, e.freshNames, e.freshProfiles, e.freshIdentities = nil, nil, nil, nil
 	e.newRows, e.looseIdentities = nil, nil
@@ -342,13 +340,4 @@ func (e *Engine) finish(settled bool, drops []Op) {
 	if settled {
 		e.retired = retiredNow
 	}
-}
-
-// emptied is m without entries; clearing a map costs what it once held.
-func emptied[K comparable, V any](m map[K]V) map[K]V {
-	if len(m) < 64 {
-		clear(m)
-		return m
-	}
-	return map[K]V{}
 }

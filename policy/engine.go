@@ -33,7 +33,7 @@ type Engine struct {
 	anyNames  map[portName]*nameUse
 	bodies    map[string]*body
 	bodyByID  map[uint32]*body
-	lastBody  uint32
+	nextBody  uint32
 	nets      nets
 
 	// The numbers.
@@ -105,7 +105,7 @@ func NewEngine(node string) *Engine {
 		anyNames:       map[portName]*nameUse{},
 		bodies:         map[string]*body{},
 		bodyByID:       map[uint32]*body{},
-		lastBody:       firstBody - 1,
+		nextBody:       firstBody,
 		signatures:     map[string]*signature{},
 		identities:     map[uint32]*identity{},
 		nameIdentities: map[portName]map[*identity]struct{}{},
@@ -241,9 +241,8 @@ func (e *Engine) addPod(v *Pod) {
 
 func (e *Engine) dropPod(p *pod) {
 	delete(e.pods, p.Name)
-	delete(e.dirtyPods, p)
 	for _, a := range p.Addrs {
-		if r := e.addresses[a]; r != nil && p.live() {
+		if r := e.addresses[a]; r != nil {
 			e.touch(r)
 			r.unclaim(p)
 		}
@@ -329,10 +328,6 @@ func (e *Engine) takePolicy(p *Policy, remove bool) {
 	var fresh *selected
 	if !remove {
 		fresh = &selected{Policy: *p}
-		if old != nil && samePolicy(&old.Policy, p) {
-			old.Generation = p.Generation
-			return
-		}
 		for _, d := range Directions {
 			fresh.parts[d] = e.part(p, d, old)
 		}
@@ -347,12 +342,6 @@ func (e *Engine) takePolicy(p *Policy, remove bool) {
 		e.policies[p.ID] = fresh
 		e.reselect(&fresh.Subject)
 	}
-}
-
-func samePolicy(a, b *Policy) bool {
-	x, y := *a, *b
-	x.Generation, y.Generation = 0, 0
-	return reflect.DeepEqual(x, y)
 }
 
 // part returns p's part of direction d: the old policy's when it means the same.

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -89,7 +90,7 @@ func (f *follower) follow(d policy.Delta) error {
 	}
 	states := []policy.Tables{maps.Clone(f.tables)}
 	for i, step := range d.Steps {
-		if err := f.tables.Apply(step); err != nil {
+		if err := f.apply(step); err != nil {
 			return fmt.Errorf("step %d: %w", i, err)
 		}
 		states = append(states, maps.Clone(f.tables))
@@ -100,7 +101,7 @@ func (f *follower) follow(d policy.Delta) error {
 	if err := f.flowsBetween(d, states, now); err != nil {
 		return err
 	}
-	if err := f.tables.Apply(d.Drops); err != nil {
+	if err := f.apply(d.Drops); err != nil {
 		return fmt.Errorf("drops: %w", err)
 	}
 	if want := f.e.Tables(); !maps.Equal(want, f.tables) {
@@ -109,6 +110,19 @@ func (f *follower) follow(d policy.Delta) error {
 	}
 	f.old = now
 	return policy.CheckBooks(f.e, false)
+}
+
+// apply commits ops, each of which must name the value there is.
+func (f *follower) apply(ops []policy.Op) error {
+	for _, op := range ops {
+		if v, ok := f.tables[op.Key]; op.Delete && ok && v != op.Value {
+			return fmt.Errorf("delete of %+v, which has %d", op.Element, v)
+		}
+		if err := f.tables.Apply([]policy.Op{op}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (f *follower) flowsBetween(d policy.Delta, states []policy.Tables, now *policy.Cluster) error {
@@ -246,6 +260,41 @@ func TestBooksOverManyEvents(t *testing.T) {
 	}
 }
 
+// TestSmallClusters judges every mixture more closely: few pods, all on this node, and
+// several policies changed at once, so that directions open and close together.
+func TestSmallClusters(t *testing.T) {
+	paused := 0
+	for seed := range effort(30, 200, 200, 6000) {
+		f := newFollower(seed, policytest.Options{Namespaces: 1, Nodes: 1, Pods: 4, Policies: 4, Tiers: seed%4 == 0})
+		f.flows = 40
+		if err := f.follow(f.e.Replace(f.g.Cluster())); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		for i := range 6 {
+			var evs []policy.Event
+			for n := range 4 {
+				p := f.g.Policy(n)
+				evs = append(evs, policy.Event{Policy: &p})
+			}
+			if i%2 == 0 {
+				p := f.g.Pod(f.r.IntN(4))
+				evs = append(evs, policy.Event{Pod: &p})
+			}
+			d := f.e.Apply(evs...)
+			if d.Pause > 0 {
+				paused++
+			}
+			if err := f.follow(d); err != nil {
+				t.Fatalf("seed %d, event %d: %v", seed, i, err)
+			}
+		}
+	}
+	t.Logf("%d deltas through a meet", paused)
+	if paused == 0 {
+		t.Error("no delta went through a meet")
+	}
+}
+
 // random makes the n-th kind of change.
 func (f *follower) random(n int) error {
 	switch {
@@ -269,6 +318,7 @@ func (f *follower) random(n int) error {
 		return f.follow(f.change(func(e *policy.Engine) policy.Delta { return e.Apply(evs...) }))
 	case n < 18:
 		c := f.g.Cluster()
+		f.thin(c)
 		f.model.replace(c)
 		return f.follow(f.change(func(e *policy.Engine) policy.Delta { return e.Replace(c) }))
 	case n < 19:
@@ -278,6 +328,15 @@ func (f *follower) random(n int) error {
 		return nil
 	}
 	return f.compare()
+}
+
+// thin lets some objects of c vanish.
+func (f *follower) thin(c *policy.Cluster) {
+	gone := func() bool { return f.r.IntN(5) == 0 }
+	c.Namespaces = slices.DeleteFunc(c.Namespaces, func(policy.Namespace) bool { return gone() })
+	c.Pods = slices.DeleteFunc(c.Pods, func(policy.Pod) bool { return gone() })
+	c.Policies = slices.DeleteFunc(c.Policies, func(policy.Policy) bool { return gone() })
+	c.Nodes = slices.DeleteFunc(c.Nodes, func(policy.Node) bool { return gone() })
 }
 
 func describe(ev policy.Event) string {

@@ -150,7 +150,7 @@ func (pl *plan) turnProfiles() {
 			}
 		}
 	}
-	e.dirtyPods = emptied(e.dirtyPods)
+	e.dirtyPods = map[*pod]struct{}{}
 }
 
 func sortedAddresses(m map[*address]claim) []*address {

@@ -178,5 +178,5 @@ func (e *Engine) releaseClasses(drop func(Key, uint32)) {
 		}
 	}
 	e.looseClasses = nil
-	e.covered = emptied(e.covered)
+	e.covered = map[[2]*class]bool{}
 }

@@ -1,0 +1,274 @@
+package policy
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"reflect"
+	"slices"
+	"testing"
+)
+
+func TestNumbers(t *testing.T) {
+	list := func(v ...uint32) func(func(uint32)) {
+		return func(yield func(uint32)) {
+			for _, n := range v {
+				yield(n)
+			}
+		}
+	}
+	take := func(n *numbers, count int) (out []uint32) {
+		for range count {
+			out = append(out, n.next())
+		}
+		return out
+	}
+	small := func() *numbers { return &numbers{first: 5, last: 9, used: map[uint32]struct{}{}} }
+	for _, tc := range []struct {
+		name string
+		n    *numbers
+		do   func(n *numbers) []uint32
+		want []uint32
+	}{
+		{"in order", small(), func(n *numbers) []uint32 { return take(n, 5) }, []uint32{5, 6, 7, 8, 9}},
+		{"freed ones come after all others", small(), func(n *numbers) []uint32 {
+			take(n, 3)
+			n.free(6)
+			return take(n, 3)
+		}, []uint32{8, 9, 6}},
+		{"above those avoided", small(), func(n *numbers) []uint32 {
+			take(n, 2)
+			n.avoid(list(6, 7))
+			return take(n, 3)
+		}, []uint32{8, 9, 5}},
+		{"avoided below the range and above", small(), func(n *numbers) []uint32 {
+			n.avoid(list(1, 77, 6))
+			return take(n, 3)
+		}, []uint32{5, 7, 8}},
+		{"only those kept are taken", small(), func(n *numbers) []uint32 {
+			take(n, 5)
+			n.keep(list(5, 7, 8))
+			return take(n, 2)
+		}, []uint32{6, 9}},
+		{"bits that stay clear", &numbers{first: 0x10001, last: 0x30000, clear: 0xc000, cur: 0x13ffe, used: map[uint32]struct{}{0x20000: {}}},
+			func(n *numbers) []uint32 { return take(n, 2) }, []uint32{0x13fff, 0x20001}},
+		{"the end of a range with clear bits", &numbers{first: 0x10001, last: 0x13fff, clear: 0xc000, cur: 0x13ffe, used: map[uint32]struct{}{0x10001: {}}},
+			func(n *numbers) []uint32 { return take(n, 2) }, []uint32{0x13fff, 0x10002}},
+		{"clear bits are skipped past the end", &numbers{first: 0x10001, last: 0x14fff, clear: 0xc000, cur: 0x13fff, used: map[uint32]struct{}{}},
+			func(n *numbers) []uint32 { return take(n, 1) }, []uint32{0x10001}},
+	} {
+		if got := tc.do(tc.n); !slices.Equal(got, tc.want) {
+			t.Errorf("%s: %x, want %x", tc.name, got, tc.want)
+		}
+	}
+	n := NewEngine("").ingressNumbers
+	for v, want := range map[uint32]bool{n.first - 1: false, n.first: true, n.first | 0x4000: false, n.first | 0x8000: false, n.last: true, n.last + 1: false} {
+		if n.valid(v) != want {
+			t.Errorf("valid(%x) = %v", v, !want)
+		}
+	}
+}
+
+// randomClass draws a class, and what it says port by port.
+func randomClass(e *Engine, r *rand.Rand) (*class, func(Protocol, int) uint8) {
+	var codes [2][16]uint8
+	rest := uint8(1 + r.IntN(4))
+	for p := range codes {
+		code := rest
+		for i := range codes[p] {
+			if r.IntN(3) == 0 {
+				code = []uint8{rest, uint8(1 + r.IntN(4))}[r.IntN(2)]
+			}
+			codes[p][i] = code
+		}
+	}
+	port := func(i int) uint16 { // the first and the last eight
+		if i < 8 {
+			return uint16(i)
+		}
+		return uint16(65520 + i)
+	}
+	var spans []span
+	for p, protocol := range []Protocol{TCP, UDP} {
+		for i, c := range codes[p] {
+			spans = appendSpan(spans, span{protocol, port(i), port(i), c}, rest)
+		}
+	}
+	return e.internClass(rest, spans), func(p Protocol, n int) uint8 {
+		i := slices.Index([]Protocol{TCP, UDP}, p)
+		switch {
+		case i >= 0 && n < 8:
+			return codes[i][n]
+		case i >= 0 && n >= 65528:
+			return codes[i][n-65520]
+		}
+		return rest
+	}
+}
+
+func TestClassesPortByPort(t *testing.T) {
+	e, r := NewEngine(""), rand.New(rand.NewPCG(1, 1))
+	ports := []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1000, 65527, 65528, 65529, 65530, 65531, 65532, 65533, 65534, 65535}
+	covers := 0
+	for range 400 {
+		a, atA := randomClass(e, r)
+		b, atB := randomClass(e, r)
+		m := e.meet(a, b)
+		if !shortly(a) || !shortly(m) {
+			t.Fatalf("not written shortly: %v or %v", a, m)
+		}
+		all := true
+		for _, p := range []Protocol{TCP, UDP, SCTP} {
+			for _, n := range ports {
+				ca, cb := atA(p, n), atB(p, n)
+				if got := a.code(p, uint16(n)); got != ca {
+					t.Fatalf("%v: %s %d is %d, want %d", a, p, n, got, ca)
+				}
+				all = all && (allows(cb) || !allows(ca))
+				want := cb
+				if allows(cb) && !allows(ca) {
+					want = ca
+				}
+				if got := m.code(p, uint16(n)); got != want {
+					t.Fatalf("meet of %v and %v: %s %d is %d, want %d", a, b, p, n, got, want)
+				}
+			}
+		}
+		if got := e.covers(b, a); got != all {
+			t.Fatalf("%v covers %v: %v", b, a, got)
+		}
+		if !e.covers(a, m) || !e.covers(b, m) {
+			t.Fatalf("the meet %v of %v and %v allows more than they do", m, a, b)
+		}
+		if all {
+			covers++
+		}
+	}
+	if covers < 10 {
+		t.Errorf("only %d of 400 pairs cover", covers)
+	}
+	for _, tc := range []struct {
+		name string
+		a, b *class
+		want bool
+	}{
+		{"one port more", e.internClass(2, []span{{TCP, 80, 80, 1}}), e.internClass(2, []span{{TCP, 80, 81, 1}}), true},
+		{"one port less", e.internClass(2, []span{{TCP, 80, 81, 1}}), e.internClass(2, []span{{TCP, 80, 80, 1}}), false},
+		{"all, or all but one", e.internClass(1, nil), e.internClass(1, []span{{TCP, 80, 80, 2}}), false},
+		{"all but one, or all", e.internClass(1, []span{{TCP, 80, 80, 2}}), e.internClass(1, nil), true},
+		{"nothing, or all", e.internClass(2, nil), e.internClass(1, nil), true},
+		{"all, or nothing", e.internClass(1, nil), e.internClass(2, nil), false},
+		{"logged or not", e.internClass(1, nil), e.internClass(3, nil), true},
+	} {
+		if got := e.covers(tc.b, tc.a); got != tc.want {
+			t.Errorf("%s: covers %v", tc.name, got)
+		}
+	}
+}
+
+// counts is how many of what an engine remembers for some rules.
+func counts(rules ...Rule) (atoms, bodies, walks int) {
+	e := NewEngine("here")
+	c := &Cluster{Pods: []Pod{{Name: Name{"ns", "pod"}, Node: "here", Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}}}}
+	for i, r := range rules {
+		c.Policies = append(c.Policies, Policy{
+			ID: PolicyID{Kind: "NetworkPolicy", Name: Name{"ns", fmt.Sprint(i)}}, Tier: Tier(100 + i), Applies: [2]bool{true, false},
+			Subject: PodSelector{Namespace: "ns"}, Rules: [2][]Rule{{r}},
+		})
+	}
+	e.Replace(c)
+	return len(e.atoms), len(e.bodies), len(e.walks)
+}
+
+// TestSameIsOne: rules that say the same share what is computed for them, and rules that
+// do not never do.
+func TestSameIsOne(t *testing.T) {
+	requirement := func(key string, op Operator, values ...string) Requirement { return Requirement{key, op, values} }
+	pods := func(r ...Requirement) Peer { return Peer{Pods: &PodSelector{Namespace: "ns", Pods: Selector{r}}} }
+	spaces := func(namespaces, pods []Requirement) Peer {
+		return Peer{Pods: &PodSelector{Namespaces: Selector{namespaces}, Pods: Selector{pods}}}
+	}
+	block := func(cidr string, except ...string) Peer {
+		b := &Block{CIDR: netip.MustParsePrefix(cidr)}
+		for _, x := range except {
+			b.Except = append(b.Except, netip.MustParsePrefix(x))
+		}
+		return Peer{Block: b}
+	}
+	a, b := requirement("a", In, "x"), requirement("b", Exists)
+	port := func(p Protocol, first, last uint16) PortMatch {
+		return PortMatch{Protocol: p, First: first, Last: last}
+	}
+	named := func(name string) PortMatch { return PortMatch{Protocol: TCP, Name: name} }
+	for _, tc := range []struct {
+		name          string
+		one, two      Rule
+		atoms, bodies int
+	}{
+		{"peers in another order", Rule{Peers: []Peer{pods(a), pods(b)}}, Rule{Peers: []Peer{pods(b), pods(a)}}, 1, 1},
+		{"a peer twice", Rule{Peers: []Peer{pods(a)}}, Rule{Peers: []Peer{pods(a), pods(a)}}, 1, 1},
+		{"another peer", Rule{Peers: []Peer{pods(a)}}, Rule{Peers: []Peer{pods(b)}}, 2, 1},
+		{"requirements in another order", Rule{Peers: []Peer{pods(a, b)}}, Rule{Peers: []Peer{pods(b, a)}}, 1, 1},
+		{"a requirement twice", Rule{Peers: []Peer{pods(a)}}, Rule{Peers: []Peer{pods(a, a)}}, 1, 1},
+		{"another operator", Rule{Peers: []Peer{pods(a)}}, Rule{Peers: []Peer{pods(requirement("a", NotIn, "x"))}}, 2, 1},
+		{"two values or one", Rule{Peers: []Peer{pods(requirement("a", In, "x", "y"))}}, Rule{Peers: []Peer{pods(requirement("a", In, "xy"))}}, 2, 1},
+		{"key or value", Rule{Peers: []Peer{pods(requirement("a", In, "x"))}}, Rule{Peers: []Peer{pods(requirement("ax", In, ""))}}, 2, 1},
+		{"two requirements or one", Rule{Peers: []Peer{pods(b, requirement("c", Exists))}}, Rule{Peers: []Peer{pods(requirement("b", Exists, "c\x042"))}}, 2, 1},
+		{"of namespaces or of pods", Rule{Peers: []Peer{spaces([]Requirement{a}, nil)}}, Rule{Peers: []Peer{spaces(nil, []Requirement{a})}}, 2, 1},
+		{"of namespaces and pods", Rule{Peers: []Peer{spaces([]Requirement{a}, []Requirement{b})}}, Rule{Peers: []Peer{spaces([]Requirement{a, b}, nil)}}, 2, 1},
+		{"a namespace or all", Rule{Peers: []Peer{pods(a)}}, Rule{Peers: []Peer{spaces(nil, []Requirement{a})}}, 2, 1},
+		{"a namespace with a name like a selector", Rule{Peers: []Peer{{Pods: &PodSelector{Namespace: "a\x042\x03"}}}}, Rule{Peers: []Peer{{Pods: &PodSelector{Namespaces: Selector{[]Requirement{requirement("a", Exists)}}}}}}, 2, 1},
+		{"excepts in another order", Rule{Peers: []Peer{block("10.0.0.0/8", "10.1.0.0/16", "10.1.0.0/24", "10.2.0.0/16")}}, Rule{Peers: []Peer{block("10.0.0.0/8", "10.2.0.0/16", "10.1.0.0/24", "10.1.0.0/16", "10.1.0.0/16")}}, 1, 1},
+		{"without except", Rule{Peers: []Peer{block("10.0.0.0/8")}}, Rule{Peers: []Peer{block("10.0.0.0/8", "10.1.0.0/16")}}, 2, 1},
+		{"ports in another order", Rule{Ports: []PortMatch{port(TCP, 1, 2), named("x")}}, Rule{Ports: []PortMatch{named("x"), port(TCP, 1, 2)}}, 0, 2}, // and the resolved one
+		{"a port twice", Rule{Ports: []PortMatch{port(TCP, 1, 2)}}, Rule{Ports: []PortMatch{port(TCP, 1, 2), port(TCP, 1, 2)}}, 0, 1},
+		{"every port, written or not", Rule{}, Rule{Ports: []PortMatch{port(AnyProtocol, 0, 65535)}}, 0, 1},
+		{"another first port", Rule{Ports: []PortMatch{port(TCP, 1, 2)}}, Rule{Ports: []PortMatch{port(TCP, 2, 2)}}, 0, 2},
+		{"another last port", Rule{Ports: []PortMatch{port(TCP, 1, 2)}}, Rule{Ports: []PortMatch{port(TCP, 1, 3)}}, 0, 2},
+		{"another protocol", Rule{Ports: []PortMatch{port(TCP, 1, 2)}}, Rule{Ports: []PortMatch{port(UDP, 1, 2)}}, 0, 2},
+		{"ports or not these ports", Rule{Ports: []PortMatch{port(TCP, 1, 2)}}, Rule{NotPorts: []PortMatch{port(TCP, 1, 2)}}, 0, 2},
+		{"another action", Rule{}, Rule{Action: Deny}, 0, 2},
+		{"logged", Rule{}, Rule{Log: true}, 0, 2},
+		{"none excluded, or some", Rule{Peers: []Peer{pods(a)}}, Rule{Peers: []Peer{pods(a)}, NotPeers: []Peer{pods(b)}}, 2, 1},
+	} {
+		atoms, bodies, _ := counts(tc.one, tc.two)
+		if atoms != tc.atoms || bodies != tc.bodies {
+			t.Errorf("%s: %d peer groups and %d bodies, want %d and %d", tc.name, atoms, bodies, tc.atoms, tc.bodies)
+		}
+	}
+}
+
+// TestNamesResolve: what a rule with names does depends on which of them has the number.
+func TestNamesResolve(t *testing.T) {
+	e := NewEngine("")
+	b := e.internBody(Allow, false, []PortMatch{{Protocol: TCP, Name: "a"}, {Protocol: TCP, Name: "b"}, {Protocol: TCP, Name: "a"}}, []PortMatch{{Protocol: TCP, Name: "c"}})
+	if want := []portName{{"a", TCP}, {"b", TCP}, {"c", TCP}}; !slices.Equal(b.names, want) {
+		t.Errorf("names %v, want %v", b.names, want)
+	}
+	number := func(name string, port uint16) namedPort { return namedPort{portName{name, TCP}, TCP, port} }
+	for _, tc := range []struct {
+		named           []namedPort
+		ports, notPorts []PortMatch
+	}{
+		{nil, []PortMatch{}, []PortMatch{}},
+		{[]namedPort{number("a", 80)}, []PortMatch{{TCP, 80, 80, ""}, {TCP, 80, 80, ""}}, []PortMatch{}},
+		{[]namedPort{number("b", 80)}, []PortMatch{{TCP, 80, 80, ""}}, []PortMatch{}},
+		{[]namedPort{number("c", 80)}, []PortMatch{}, []PortMatch{{TCP, 80, 80, ""}}},
+		{[]namedPort{number("a", 1), number("c", 80)}, []PortMatch{{TCP, 1, 1, ""}, {TCP, 1, 1, ""}}, []PortMatch{{TCP, 80, 80, ""}}},
+		{[]namedPort{number("a", 81)}, []PortMatch{{TCP, 81, 81, ""}, {TCP, 81, 81, ""}}, []PortMatch{}},
+	} {
+		r := e.resolve(b, tc.named)
+		same := func(a, b []PortMatch) bool {
+			return reflect.DeepEqual(slices.Compact(slices.Clone(a)), slices.Compact(slices.Clone(b)))
+		}
+		if !same(r.ports, tc.ports) || !same(r.notPorts, tc.notPorts) {
+			t.Errorf("%v: ports %v not %v, want %v not %v", tc.named, r.ports, r.notPorts, tc.ports, tc.notPorts)
+		}
+		if again := testing.AllocsPerRun(5, func() { e.resolve(b, tc.named) }); again > 0 {
+			t.Errorf("resolving again allocates %v times", again)
+		}
+	}
+	if n := len(e.bodies); n != 6 {
+		t.Errorf("%d bodies, want 6", n)
+	}
+}
