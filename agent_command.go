@@ -45,7 +45,7 @@ func newAgentCommand() *cobra.Command {
 				return err
 			}
 			if c, ok := o.Source.(*k8s.Cluster); ok {
-				o.Publish, o.PublishKey = c.PublishAddresses, c.PublishNodeKey
+				o.Publish, o.PublishKey, o.PublishMeshAddresses = c.PublishAddresses, c.PublishNodeKey, c.PublishMeshAddresses
 			}
 			return agent.Run(cmd.Context(), o)
 		},
@@ -58,7 +58,7 @@ func newAgentCommand() *cobra.Command {
 	f.StringVar(&flowLog, "flow-log", "", "write new connections to this file as JSON lines; default: the configuration's")
 	serving.register(f)
 	f.StringVar(&server, "server", "", "URL of the API server, in place of the kubeconfig's")
-	cmd.AddCommand(newAgentReadyCommand())
+	cmd.AddCommand(newAgentReadyCommand(), newAgentRotateCommand())
 	return cmd
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"sync"
 	"time"
@@ -38,6 +39,9 @@ type Options struct {
 	Publish PublishFunc
 	// PublishKey makes this node's public keys known to the others; nil: nobody to tell.
 	PublishKey func(ctx context.Context, key string) error
+	// PublishMeshAddresses makes the addresses known that others send this node's pods' packets to, where the
+	// configuration chooses others than the Node object has; nil: nobody to tell.
+	PublishMeshAddresses func(ctx context.Context, addrs []netip.Addr) error
 	// Version is what the metrics say this is.
 	Version string
 }
@@ -73,7 +77,7 @@ func Run(ctx context.Context, o Options) error {
 	l.waitForPods, l.mesh = o.WaitForPods, routes
 	l.inv.unlabelled.mirrors = o.WaitForPods
 	if routes != nil {
-		routes.publishKey = o.PublishKey
+		routes.publisher.key, routes.publisher.addrs = o.PublishKey, o.PublishMeshAddresses
 	}
 	l.reopen = func(ctx context.Context) (dataplane, error) {
 		t, err := nft.Open(ctx, opts)

@@ -27,7 +27,18 @@ func NewClient(socket string) *Client {
 // Get fetches one of the paths of status.go into v. The error of an agent that does not
 // run is that of the dial (errors.Is ENOENT or ECONNREFUSED).
 func (c *Client) Get(ctx context.Context, path string, v any) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
+	return c.do(ctx, http.MethodGet, path, v)
+}
+
+// RotateKey asks for a new WireGuard key (PathRotateKey).
+func (c *Client) RotateKey(ctx context.Context) (MeshStatus, error) {
+	var s MeshStatus
+	err := c.do(ctx, http.MethodPost, PathRotateKey, &s)
+	return s, err
+}
+
+func (c *Client) do(ctx context.Context, method, path string, v any) error {
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, nil)
 	if err != nil {
 		return err
 	}

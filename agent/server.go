@@ -40,6 +40,9 @@ func newServer(cfg Config, log *slog.Logger, l *loop) *server {
 	mux.HandleFunc("GET "+PathPods, l.servePods)
 	mux.HandleFunc("GET "+PathPolicies, query(l.policies))
 	mux.HandleFunc("GET "+PathSnapshot, query(l.snapshot))
+	if l.mesh != nil {
+		l.mesh.serve(mux)
+	}
 	s.http = http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),

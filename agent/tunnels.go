@@ -32,7 +32,7 @@ func (l *loop) tunnels() *nft.Tunnels {
 		t.Nodes = append(t.Nodes, a.Unmap())
 	}
 	for _, n := range l.inv.nodes {
-		for _, a := range n.Addrs {
+		for _, a := range slices.Concat(n.Addrs, n.MeshAddrs) {
 			t.Nodes = append(t.Nodes, a.Unmap())
 		}
 	}

@@ -26,6 +26,7 @@ func TestTunnels(t *testing.T) {
 		{"another port", Config{Mesh: MeshConfig{Port: 8472}}, nodes[:1], &nft.Tunnels{Ports: []uint16{8472}, Nodes: []netip.Addr{a}}},
 		{"wireguard", Config{Mesh: MeshConfig{Encrypt: cni.EncryptWireGuard}}, nodes[1:2], &nft.Tunnels{Ports: []uint16{4793, 4794, 4795, 4796, 4797}, Nodes: []netip.Addr{a, b}}},
 		{"chosen address", Config{Mesh: MeshConfig{NodeAddresses: []netip.Addr{b}}}, nodes[:1], &nft.Tunnels{Ports: []uint16{4793}, Nodes: []netip.Addr{a, b}}},
+		{"published address", Config{}, []policy.Node{{Name: "n1", Addrs: []netip.Addr{a}, MeshAddrs: []netip.Addr{b}}}, &nft.Tunnels{Ports: []uint16{4793}, Nodes: []netip.Addr{a, b}}},
 		{"no node known", Config{}, nil, nil},
 		{"no mesh", Config{Mesh: MeshConfig{Mode: cni.MeshNone}}, nodes, &nft.Tunnels{}},
 		{"another CNI", Config{Network: NetworkNone}, nodes, &nft.Tunnels{}},
