@@ -367,3 +367,41 @@ func TestEngineAnySequence(t *testing.T) {
 		}
 	})
 }
+
+// TestOddPods: addresses that are none or listed twice, claims that come and go, and
+// changes that mean nothing to policy.
+func TestOddPods(t *testing.T) {
+	a, b := policytest.Address(1, false), policytest.Address(2, false)
+	pod := func(name string, created int64, addrs ...netip.Addr) *policy.Pod {
+		return &policy.Pod{Name: policy.Name{Namespace: "ns0", Name: name}, Node: policytest.Node(0), Created: created, Addrs: addrs}
+	}
+	f := newFollower(1, policytest.Options{})
+	f.flows, f.model = 0, newModel(&policy.Cluster{})
+	p := networkPolicy("ns0", "p", policy.Selector{}, policy.Ingress, policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{}}}})
+	newer := p
+	newer.Generation = 7
+	finished := pod("x", 9, a)
+	finished.Finished = true
+	for i, ev := range []policy.Event{
+		{Policy: &p}, {Policy: &newer},
+		{Pod: pod("x", 1, netip.Addr{}, a, a, b)},
+		{Pod: pod("y", 2, a)}, {Pod: pod("z", 3, a, a)},
+		{Pod: pod("y", 2, a), Delete: true}, {Pod: pod("z", 3), Delete: true},
+		{Pod: pod("y", 0, a, b)}, {Pod: pod("x", 1, b)}, {Pod: finished}, {Pod: pod("x", 9), Delete: true},
+	} {
+		f.model.take(ev)
+		d := f.e.Apply(ev)
+		if ev.Policy == &newer && !d.Empty() {
+			t.Error("another generation gives a delta")
+		}
+		if err := f.follow(d); err != nil {
+			t.Fatalf("event %d: %v", i, err)
+		}
+	}
+	if got := f.e.Cluster().Policies[0].Generation; got != 7 {
+		t.Errorf("generation %d", got)
+	}
+	if err := f.compare(); err != nil {
+		t.Fatal(err)
+	}
+}

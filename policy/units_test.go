@@ -272,3 +272,137 @@ func TestNamesResolve(t *testing.T) {
 		t.Errorf("%d bodies, want 6", n)
 	}
 }
+
+func TestWalkOrder(t *testing.T) {
+	e := NewEngine("")
+	allow := func(port uint16) uint32 {
+		return e.internBody(Allow, false, []PortMatch{{TCP, port, port, ""}}, nil).id
+	}
+	deny := e.internBody(Deny, false, nil, nil).id
+	a, b := allow(1), allow(2)
+	for _, tc := range []struct {
+		name       string
+		walk, want []uint32
+		start      int
+	}{
+		{"only allows are sorted", []uint32{b, a, b}, []uint32{a, b}, 0},
+		{"with a deny the order counts", []uint32{b, deny, a}, []uint32{b, deny, a}, 0},
+		{"the tiers before are left alone", []uint32{b, a, tierEnds, b, a}, []uint32{b, a, tierEnds, a, b}, 3},
+	} {
+		if got := e.canonicalTier(slices.Clone(tc.walk), tc.start); !slices.Equal(got, tc.want) {
+			t.Errorf("%s: %v, want %v", tc.name, got, tc.want)
+		}
+	}
+	if !e.bodyByID[a].plain() || e.bodyByID[deny].plain() || e.internBody(Allow, true, nil, nil).plain() {
+		t.Error("plain bodies are those that allow without a log")
+	}
+}
+
+// sample is an engine with a local pod and two remote ones that its policies name.
+func sample() *Engine {
+	e := NewEngine("here")
+	pod := func(i int, node string) Pod {
+		return Pod{Name: Name{"ns", fmt.Sprint("pod", i)}, Node: node, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i)})},
+			Labels: MakeLabels(map[string]string{"app": fmt.Sprint(i)}), Ports: []NamedPort{{"http", TCP, 80}}}
+	}
+	policy := func(name string, d Direction, ports ...PortMatch) Policy {
+		p := Policy{ID: PolicyID{"NetworkPolicy", Name{"ns", name}}, Tier: TierNamespaced, Isolates: true, Subject: PodSelector{Namespace: "ns"}}
+		p.Applies[d] = true
+		p.Rules[d] = []Rule{{Peers: []Peer{{Pods: &PodSelector{Namespace: "ns", Pods: Selector{[]Requirement{{"app", In, []string{"2"}}}}}}}, Ports: ports}}
+		return p
+	}
+	e.Replace(&Cluster{
+		Pods:     []Pod{pod(1, "here"), pod(2, "there"), pod(3, "there")},
+		Policies: []Policy{policy("a", Ingress, PortMatch{TCP, 80, 80, ""}), policy("b", Ingress, PortMatch{TCP, 90, 99, ""}), policy("c", Egress, PortMatch{TCP, 0, 0, "http"})},
+	})
+	return e
+}
+
+// TestNothingIsComputedTwice: what was computed before costs no allocation.
+func TestNothingIsComputedTwice(t *testing.T) {
+	e := sample()
+	for r := range e.locals {
+		for _, p := range r.prof {
+			for _, o := range e.addresses {
+				full, _ := e.sign(o, true)
+				if n := testing.AllocsPerRun(20, func() { e.classify(p, full) }); n > 0 {
+					t.Errorf("classify allocates %v times", n)
+				}
+			}
+		}
+	}
+	for _, o := range e.addresses {
+		ports := float64(len(e.relevantPorts(o.owner, o.owner.group.atoms, true)))
+		if n := testing.AllocsPerRun(20, func() { e.sign(o, true) }); n > ports {
+			t.Errorf("sign allocates %v times, with %v ports", n, ports)
+		}
+	}
+	r := rand.New(rand.NewPCG(1, 1))
+	a, _ := randomClass(e, r)
+	b, _ := randomClass(e, r)
+	e.covers(a, b)
+	if n := testing.AllocsPerRun(20, func() { e.covers(a, b) }); n > 0 {
+		t.Errorf("covers allocates %v times", n)
+	}
+	atoms := e.lastAtom
+	for range 3 {
+		for _, p := range e.Cluster().Policies {
+			e.Apply(Event{Policy: &p, Delete: true})
+			e.Tidy()
+			e.Apply(Event{Policy: &p})
+		}
+	}
+	if e.lastAtom != atoms {
+		t.Errorf("numbers of peer groups grow from %d to %d", atoms, e.lastAtom)
+	}
+}
+
+// TestElementsAndComments is what people see of a small table.
+func TestElementsAndComments(t *testing.T) {
+	e := sample()
+	maps, comments := map[Map]int{}, map[Map]string{}
+	e.elements(func(el Element) {
+		maps[el.Map]++
+		comments[el.Map] = el.Comment
+	})
+	if maps[AccessPort] != 2 || maps[AccessRange] != 1 || maps[AccessRest] != 3 || maps[Access] != 2 || maps[AccessOthers] != 2 {
+		t.Errorf("elements %v", maps)
+	}
+	if comments[IngressProfile] != "ns/pod1" || comments[PodID] != "ns/pod2" || comments[IsolatedEgress] != "ns/pod1" {
+		t.Errorf("comments %v", comments)
+	}
+	for _, p := range e.profiles {
+		if want := [2]string{"ns/a ns/b", "ns/c"}[p.dir]; p.comment() != want {
+			t.Errorf("comment %q, want %q", p.comment(), want)
+		}
+	}
+}
+
+func TestRangesThatReplaceEachOther(t *testing.T) {
+	ranged := func(remove bool, from, to byte) Op {
+		a := func(b byte) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, b}) }
+		return Op{Delete: remove, Element: Element{Key: Key{Map: NetID, Addr: a(from), To: a(to)}}}
+	}
+	del := func(from, to byte) Op { return ranged(true, from, to) }
+	add := func(from, to byte) Op { return ranged(false, from, to) }
+	for _, tc := range []struct {
+		name  string
+		limit int
+		ops   []Op
+		want  [][]Op
+	}{
+		{"none", 2, nil, nil},
+		{"apart, two by two", 2, []Op{add(7, 8), add(1, 2), add(5, 6), add(3, 4), add(9, 9)}, [][]Op{{add(1, 2), add(3, 4)}, {add(5, 6), add(7, 8)}, {add(9, 9)}}},
+		{"a range and its pieces", 2, []Op{del(1, 9), add(1, 4), add(5, 9), add(10, 10)}, [][]Op{{del(1, 9), add(1, 4), add(5, 9)}, {add(10, 10)}}},
+		{"a range that grows over its neighbour", 2, []Op{del(1, 4), del(5, 9), add(1, 9)}, [][]Op{{del(1, 4), del(5, 9), add(1, 9)}}},
+		{"a chain", 2, []Op{del(1, 4), add(3, 6), del(5, 8), add(8, 9), add(10, 11)}, [][]Op{{del(1, 4), del(5, 8), add(3, 6), add(8, 9)}, {add(10, 11)}}},
+		{"a long one over short ones", 2, []Op{del(1, 9), add(2, 3), add(6, 7), add(9, 9)}, [][]Op{{del(1, 9), add(2, 3), add(6, 7), add(9, 9)}}},
+		{"as many as fit", 3, []Op{del(1, 2), add(1, 2), add(4, 4), add(6, 6)}, [][]Op{{del(1, 2), add(1, 2), add(4, 4)}, {add(6, 6)}}},
+	} {
+		var d Delta
+		d.addRanges(tc.limit, tc.ops)
+		if !reflect.DeepEqual(d.Steps, tc.want) {
+			t.Errorf("%s: %v, want %v", tc.name, d.Steps, tc.want)
+		}
+	}
+}
