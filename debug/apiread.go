@@ -52,9 +52,6 @@ func (a apiFlags) backends(ctx context.Context, c *policy.Cluster, name string, 
 	if !ok {
 		return nil, fmt.Errorf("service %q: it is written svc/NAMESPACE/NAME", name)
 	}
-	if a.kubeconfig == "" && a.server == "" {
-		return nil, fmt.Errorf("service %s: the agent keeps no Services; give --kubeconfig, or ask for a pod behind it", name)
-	}
 	cluster, err := a.cluster()
 	if err != nil {
 		return nil, err

@@ -65,7 +65,7 @@ func TestBackends(t *testing.T) {
 		{name: "no namespace", service: "db", port: "TCP/80", err: "svc/NAMESPACE/NAME"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			questions, err := newQuestions(context.Background(), c, []string{"shop/web", "svc/" + test.service, test.port}, fakeAPI(t))
+			questions, err := newQuestions(context.Background(), c, []string{"shop/web", "svc/" + test.service, test.port}, services{api: fakeAPI(t)})
 			if test.err != "" {
 				if err == nil || !strings.Contains(err.Error(), test.err) {
 					t.Errorf("error %v, want %q", err, test.err)
@@ -77,7 +77,7 @@ func TestBackends(t *testing.T) {
 			}
 		})
 	}
-	if _, err := newQuestions(t.Context(), c, []string{"shop/web", "svc/shop/db", "TCP/80"}, apiFlags{}); err == nil || !strings.Contains(err.Error(), "--kubeconfig") {
+	if _, err := newQuestions(t.Context(), c, []string{"shop/web", "svc/shop/db", "TCP/80"}, services{}); err == nil || !strings.Contains(err.Error(), "--kubeconfig") {
 		t.Errorf("without an API server: %v", err)
 	}
 }

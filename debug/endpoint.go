@@ -54,16 +54,21 @@ func resolve(c *policy.Cluster, arg string) (endpoint, error) {
 	return endpoint{name: p.Name.String(), addrs: p.Addrs}, nil
 }
 
+var errNoDNSName = errors.New("not a DNS name")
+
 // resolveDNS asks the resolver of the host for a name's addresses.
 func resolveDNS(ctx context.Context, name string) (endpoint, error) {
 	if !strings.Contains(name, ".") || strings.Contains(name, "/") {
-		return endpoint{}, errors.New("not a DNS name")
+		return endpoint{}, errNoDNSName
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
+	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
+		return endpoint{}, errors.New("DNS knows no such host")
+	}
 	if err != nil {
-		return endpoint{}, fmt.Errorf("resolve %s: %w", name, err)
+		return endpoint{}, errors.New("the node's DNS resolver does not answer (/etc/resolv.conf)")
 	}
 	e := endpoint{name: name}
 	for _, a := range addrs {

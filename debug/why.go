@@ -23,14 +23,17 @@ func (s *session) whyCommand() *cobra.Command {
 		Use:   "why SRC DST PROTO/PORT",
 		Short: "Say whether SRC may reach DST, and which policy and rule decide",
 		Long: "Say whether SRC may reach DST, and which policy and rule decide.\n\n" +
-			"SRC and DST are namespace/pod, a pod's name, an address, or world; DST may be a DNS\n" +
-			"name too, or with --kubeconfig a Service as svc/namespace/name. The verdict is the oracle's; beside it stands what the kernel's own tables\n" +
-			"decide for the same flow, read element by element. A pod of another node is judged there;\n" +
-			"what its policies say is shown as far as this node knows them. Below are the route, the neighbour\n" +
+			"SRC and DST are namespace/pod, a pod's name, an address, or world; DST may be a DNS name\n" +
+			"too, or a Service: svc/namespace/name, name.namespace.svc, or its address. A Service is\n" +
+			"answered for each backend that kube-proxy's rules in the kernel (nftables mode) have, or\n" +
+			"with --kubeconfig for each that its selector selects, at the port behind it.\n\n" +
+			"The verdict is the oracle's; beside it stands what the kernel's own tables decide for the\n" +
+			"same flow, read element by element. A pod of another node is judged there; what its\n" +
+			"policies say is shown as far as this node knows them. Below are the route, the neighbour\n" +
 			"and the live connections between the two.\n\n" +
 			"Exit status 2: oracle and kernel disagree.",
 		Example: "  nftcni debug why shop/web data/redis TCP/6379\n  nftcni debug why world 10.244.1.7 UDP/53\n" +
-			"  nftcni debug why a b ICMP --all\n  nftcni debug why shop/web world TCP/443 -o json | jq '.[].egress.because'",
+			"  nftcni debug why shop/web svc/data/redis TCP/6379\n  nftcni debug why a b ICMP --all\n  nftcni debug why shop/web world TCP/443 -o json | jq '.[].egress.because'",
 		Args:              cobra.ExactArgs(3),
 		ValidArgsFunction: s.completePods(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -69,7 +72,7 @@ func (s *session) why(ctx context.Context, args []string, api apiFlags, notice f
 	if err != nil {
 		return nil, err
 	}
-	questions, err := newQuestions(ctx, snap.Cluster, args, api)
+	questions, err := newQuestions(ctx, snap.Cluster, args, services{api, kubeProxy, notice})
 	if err != nil {
 		return nil, err
 	}
@@ -95,30 +98,8 @@ func (s *session) why(ctx context.Context, args []string, api apiFlags, notice f
 	return out, nil
 }
 
-// newQuestions is newQuestion, or for a Service one question for each backend.
-func newQuestions(ctx context.Context, c *policy.Cluster, args []string, api apiFlags) ([]question, error) {
-	name, isService := strings.CutPrefix(args[1], "svc/")
-	if !isService {
-		q, err := newQuestion(ctx, c, args)
-		return []question{q}, err
-	}
-	svc, err := parseService(args[2])
-	if err != nil {
-		return nil, err
-	}
-	src, err := resolve(c, args[0])
-	if err != nil {
-		return nil, fmt.Errorf("SRC: %w", err)
-	}
-	list, err := api.backends(ctx, c, name, svc)
-	if err != nil {
-		return nil, fmt.Errorf("DST: %w", err)
-	}
-	var out []question
-	for _, b := range list {
-		out = append(out, question{src: src, dst: b.endpoint, service: service{protocol: svc.protocol, port: b.port}})
-	}
-	return out, nil
+func kubeProxy(ctx context.Context) ([]nft.ProxyPort, error) {
+	return nft.KubeProxy(ctx, nft.Options{})
 }
 
 // kernel decides flows by the kernel's tables, or says why it cannot.
@@ -146,11 +127,15 @@ func newQuestion(ctx context.Context, c *policy.Cluster, args []string) (questio
 	if q.dst, err = resolve(c, args[1]); err == nil {
 		return q, nil
 	}
-	if named, dnsErr := resolveDNS(ctx, args[1]); dnsErr == nil {
+	named, dnsErr := resolveDNS(ctx, args[1])
+	switch {
+	case dnsErr == nil:
 		q.dst = named
 		return q, nil
+	case errors.Is(dnsErr, errNoDNSName):
+		return q, fmt.Errorf("DST: %w", err)
 	}
-	return q, fmt.Errorf("DST: %w", err)
+	return q, fmt.Errorf("DST: %w, and %w", err, dnsErr)
 }
 
 // flows are one for every pair of addresses of one family.
