@@ -131,7 +131,7 @@ func (s *session) examine(ctx context.Context, confDir string) []Finding {
 	list = append(list, checkReversePath())
 	list = append(list, checkForeignChains(ctx)...)
 	list = append(list, checkConflists(confDir)...)
-	list = append(list, s.checkLinks(ctx)...)
+	list = append(append(list, s.checkLinks(ctx)...), s.checkMesh(ctx)...)
 	list = append(append(list, checkConntrack()), s.checkLeases(ctx)...)
 	list = append(list, checkKubeProxy(ctx), checkClock())
 	return append(list, featureFindings(nft.Features(ctx))...)
