@@ -42,6 +42,9 @@ type Options struct {
 	// PublishMeshAddresses makes the addresses known that others send this node's pods' packets to, where the
 	// configuration chooses others than the Node object has; nil: nobody to tell.
 	PublishMeshAddresses func(ctx context.Context, addrs []netip.Addr) error
+	// Generation reads a policy's generation for those who wait for it; nil: the source counts
+	// none.
+	Generation GenerationFunc
 	// Version is what the metrics say this is.
 	Version string
 }
@@ -153,7 +156,7 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 	}
 	watches := newObservers(l, o.Log, o.Version)
 	srv.mux.HandleFunc("GET "+PathFlows, watches.flows.flows)
-	srv.mux.HandleFunc("GET "+PathEnforced, l.serveEnforced)
+	srv.mux.HandleFunc("GET "+PathEnforced, func(w http.ResponseWriter, r *http.Request) { l.serveEnforced(w, r, o.Generation) })
 	start("loop", func() error { return l.run(ctx) })
 	if err := watches.start(ctx, o.Config, start); err != nil {
 		cancel(err)

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,7 +15,8 @@ import (
 
 // PathEnforced answers GET with Enforced for the NetworkPolicy in the query parameter policy
 // (namespace/name). With wait=1 it waits, at most 5 s, until the generation in the
-// query parameter generation, or a newer one, is in force; with gone=1 until none is.
+// query parameter generation, or a newer one, is in force; with gone=1 until none is. With
+// fresh=1 that generation is the one the API server has now.
 const PathEnforced = "/v1/enforced"
 
 // Enforced is what this node's kernel enforces of one policy.
@@ -23,6 +25,7 @@ type Enforced struct {
 	InForce          bool      `json:"inForce"`
 	Known            bool      `json:"known"` // the source lists it
 	Generation       int64     `json:"generation"`
+	Wanted           int64     `json:"wanted,omitempty"` // what a fresh read returned
 	KernelGeneration uint32    `json:"kernelGeneration"`
 	At               time.Time `json:"at,omitzero"`
 	Micros           int64     `json:"micros"` // from the event to the kernel's acknowledgement
@@ -43,11 +46,29 @@ func (l *loop) enforcedPolicy(ctx context.Context, name string) (Enforced, error
 	return e, err
 }
 
-func (l *loop) serveEnforced(w http.ResponseWriter, r *http.Request) {
+// GenerationFunc reads metadata.generation of a NetworkPolicy from where the objects come from
+// (k8s.Cluster.PolicyGeneration, a quorum read).
+type GenerationFunc func(context.Context, policy.Name) (int64, error)
+
+// freshGeneration is what the query asks for: 0 for any, or where nobody counts generations.
+func freshGeneration(ctx context.Context, q url.Values, read GenerationFunc) (int64, error) {
+	if q.Get("fresh") != "1" || read == nil {
+		n, _ := strconv.ParseInt(q.Get("generation"), 10, 64) // nothing or nonsense: any generation
+		return n, nil
+	}
+	namespace, name, _ := strings.Cut(q.Get("policy"), "/")
+	return read(ctx, policy.Name{Namespace: namespace, Name: name})
+}
+
+func (l *loop) serveEnforced(w http.ResponseWriter, r *http.Request, read GenerationFunc) {
 	q := r.URL.Query()
-	want, _ := strconv.ParseInt(q.Get("generation"), 10, 64) // nothing or nonsense: any generation
 	ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
 	defer cancel()
+	want, err := freshGeneration(ctx, q, read)
+	if err != nil {
+		fail(w, http.StatusBadGateway, &cni.Error{Code: codeTryAgain, Message: err.Error()})
+		return
+	}
 	tick := time.NewTicker(enforcedInterval)
 	defer tick.Stop()
 	for {
@@ -56,6 +77,7 @@ func (l *loop) serveEnforced(w http.ResponseWriter, r *http.Request) {
 			fail(w, http.StatusServiceUnavailable, &cni.Error{Code: codeTryAgain, Message: err.Error()})
 			return
 		}
+		e.Wanted = want
 		done := e.InForce && e.Generation >= want
 		if q.Get("gone") == "1" {
 			done = !e.InForce && !e.Known

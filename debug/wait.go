@@ -28,8 +28,8 @@ func (s *session) waitCommand() *cobra.Command {
 		Use:   "wait policy NAMESPACE/NAME",
 		Short: "Return when the kernel on this node enforces a policy",
 		Long: "Return when the kernel on this node enforces a generation of a policy (metadata.generation):\n" +
-			"that of --generation; else, with --kubeconfig, the one that a fresh read of the API server\n" +
-			"returns; else any. Policies from manifests count no generations.\n\n" +
+			"that of --generation, else the one that a fresh read of the API server returns (the agent\n" +
+			"asks it; with --kubeconfig this command does). Policies from manifests count none.\n" +
 			"Without an agent nothing can come into force: it answers at once whether the kernel's table\n" +
 			"still is what the agent's last snapshot says and holds that generation.\n\n" +
 			"Exit status 1: the time is over, or no agent runs and the generation is not in force.",
@@ -49,7 +49,7 @@ func (s *session) waitCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.Int64Var(&fl.generation, "generation", 0, "metadata.generation to wait for; 0: see above")
+	f.Int64Var(&fl.generation, "generation", 0, "metadata.generation to wait for; 0: the API server's")
 	f.DurationVar(&fl.timeout, "timeout", 30*time.Second, "give up after this long")
 	f.BoolVar(&fl.deleted, "deleted", false, "return when the policy is no longer enforced instead")
 	fl.read.register(f)
@@ -93,7 +93,9 @@ func (s *session) wait(ctx context.Context, name string, fl waitFlags, notice fu
 		if err != nil {
 			return e, err
 		}
-		e = got
+		e, want = got, max(want, got.Wanted)
+		q.Set("generation", strconv.FormatInt(want, 10))
+		q.Del("fresh")
 		if e.InForce && e.Generation >= want && !fl.deleted || fl.deleted && !e.InForce && !e.Known {
 			return e, nil
 		}
