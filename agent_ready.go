@@ -14,9 +14,10 @@ import (
 func newAgentReadyCommand() *cobra.Command {
 	var runDir string
 	cmd := &cobra.Command{
-		Use:   "ready",
-		Short: "Say whether the agent on this node can serve, as the CNI verb STATUS does",
-		Args:  cobra.NoArgs,
+		Use:     "ready",
+		Example: "  nftcni agent ready",
+		Short:   "Say whether the agent on this node can serve, as the CNI verb STATUS does",
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c := cni.NewClient(runDir)
 			r, err := c.Ready(cmd.Context())

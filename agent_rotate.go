@@ -13,8 +13,9 @@ import (
 func newAgentRotateCommand() *cobra.Command {
 	var runDir string
 	cmd := &cobra.Command{
-		Use:   "rotate-key",
-		Short: "Give this node a new WireGuard key without losing a packet",
+		Use:     "rotate-key",
+		Example: "  nftcni agent rotate-key",
+		Short:   "Give this node a new WireGuard key without losing a packet",
 		Long: "Give this node a new WireGuard key without losing a packet: both keys are in force until\n" +
 			"every other node has moved to the new one and nothing has come with the old one for four\n" +
 			"minutes; then the agent removes the old one by itself. `nftcni debug doctor` says how far it is.",

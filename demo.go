@@ -33,7 +33,8 @@ func newDemoCommand() *cobra.Command {
 folder of manifests, attaches every pod through the CNI plugin, and asks with real TCP,
 UDP and ICMP packets, over IPv4 and IPv6, who reaches whom. Prints what the policies
 should allow beside what was seen, then changes a policy and a pod's label and shows
-what changed and how long it took. Exits with 1 when anything differs.
+what changed and how long it took. Exits with 1 when anything differs, with 130 when it
+is interrupted.
 
 Needs root, or user namespaces for an ordinary user. Touches nothing of the host and
 leaves nothing behind.`,

@@ -80,27 +80,3 @@ func listenNotify(t *testing.T) *net.UnixConn {
 	t.Setenv("NOTIFY_SOCKET", path)
 	return c
 }
-
-// TestManPages: a page a command, of nothing but the macros that we mean to write.
-func TestManPages(t *testing.T) {
-	dir := t.TempDir()
-	root := newRootCommand()
-	if err := writeManPages(root, dir); err != nil {
-		t.Fatal(err)
-	}
-	macro := regexp.MustCompile(`^\.(TH|SH|B|BR|TP|nf|fi)( |$)`)
-	for _, page := range []string{"nftcni", "nftcni-agent", "nftcni-debug", "nftcni-debug-why", "nftcni-man"} {
-		text, err := os.ReadFile(filepath.Join(dir, page+".1"))
-		if err != nil {
-			t.Error(err)
-		}
-		for line := range strings.Lines(string(text)) {
-			if strings.HasPrefix(line, ".") && !macro.MatchString(strings.TrimSpace(line)) || strings.HasPrefix(line, "'") {
-				t.Errorf("%s: the formatter takes %q for a request", page, line)
-			}
-		}
-		if !strings.Contains(string(text), ".SH NAME\n"+roff(page)+` \- `) {
-			t.Errorf("%s has no name:\n%s", page, text)
-		}
-	}
-}

@@ -34,7 +34,7 @@ func main() {
 
 // commandLine runs the cobra tree and returns the exit status.
 func commandLine(name string, args []string) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := untilSignal(syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	root := newRootCommand()
 	if name == "nftcni-agent" {
@@ -49,7 +49,36 @@ func commandLine(name string, args []string) int {
 	if e, ok := errors.AsType[*debug.ExitError](err); ok {
 		return e.Status
 	}
+	if s, ok := errors.AsType[signalled](context.Cause(ctx)); ok {
+		return 128 + int(s.Signal)
+	}
 	return 1
+}
+
+// signalled is why a context ended: what fails after it exits with 128 and the signal, as
+// a shell reports a command that a signal killed.
+type signalled struct{ syscall.Signal }
+
+func (s signalled) Error() string { return s.String() }
+
+// Is lets what asks whether it was told to stop see that it was.
+func (s signalled) Is(target error) bool { return target == context.Canceled }
+
+// untilSignal is signal.NotifyContext with a cause that holds the signal.
+func untilSignal(signals ...os.Signal) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	got := make(chan os.Signal, 1)
+	signal.Notify(got, signals...)
+	go func() {
+		select {
+		case s := <-got:
+			if s, ok := s.(syscall.Signal); ok {
+				cancel(signalled{s})
+			}
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { signal.Stop(got); cancel(nil) }
 }
 
 func newRootCommand() *cobra.Command {

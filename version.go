@@ -19,9 +19,10 @@ var version, commit string
 
 func newVersionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "version",
-		Short: "Print the version, the kernel, and the nftables features found here",
-		Args:  cobra.NoArgs,
+		Use:     "version",
+		Short:   "Print the version, the kernel, and the nftables features found here",
+		Example: "  nftcni version",
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return writeVersion(cmd.Context(), cmd.OutOrStdout())
 		},
