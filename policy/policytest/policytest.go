@@ -283,7 +283,7 @@ func (g *Generator) rule(ns string) policy.Rule {
 	if !g.o.Tiers {
 		return r
 	}
-	r.Action = pick(g, policy.Allow, policy.Allow, policy.Deny, policy.Pass, policy.Log)
+	r.Action = pick(g, policy.Allow, policy.Allow, policy.Allow, policy.Deny, policy.Deny, policy.Deny, policy.Pass, policy.Log)
 	r.Log = g.chance(15)
 	if g.chance(15) {
 		r.NotPeers = g.peers(ns)
