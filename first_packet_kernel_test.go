@@ -12,8 +12,10 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -339,12 +341,36 @@ func (n *firstNode) background() func(time.Duration) {
 			n.forbidden[packet{by: byHostile, to: closed}] += int(leaked.Load())
 		}
 		if lost := sent - seen.Load(); lost > 0 {
-			n.t.Errorf("%d of %d packets of a flow that is allowed throughout were lost", lost, sent)
+			n.t.Errorf("%d of %d packets of a flow that is allowed throughout were lost\n%s", lost, sent, n.losses())
 		}
 		if os.Getenv(envStarts) != "" && rate < 5000 {
 			n.t.Errorf("%.0f packets/s flowed, want 5,000: the machine is too busy for this proof", rate)
 		}
 	}
+}
+
+// losses says where packets went: denials by the table, and queues of this machine that were full.
+func (n *firstNode) losses() string {
+	out, err := exec.CommandContext(n.t.Context(), n.path("bin/nftcni"), "debug", "--state-dir", n.path("state"), "drops").CombinedOutput()
+	text := fmt.Sprintf("drops: %s %v\n", out, err)
+	for _, e := range n.targets {
+		_ = inNetNS(e.netns, func() error {
+			for _, file := range []string{"snmp", "snmp6"} {
+				b, err := os.ReadFile("/proc/thread-self/net/" + file)
+				for line := range strings.Lines(string(b)) {
+					if strings.Contains(line, "Udp") && !strings.Contains(line, "UdpLite") {
+						text += e.name + ": " + line
+					}
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	softnet, err := os.ReadFile("/proc/net/softnet_stat") // the second column is what a full backlog dropped
+	return text + fmt.Sprintf("softnet_stat: %s %v", softnet, err)
 }
 
 // steady sends at a rate until ctx ends and returns how many packets it sent; what the
