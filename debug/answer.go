@@ -92,9 +92,9 @@ type KernelSide struct {
 // writeAnswers prints the answers; families about which all is the same stand together.
 func writeAnswers(w io.Writer, answers []Answer, all bool) error {
 	for i := 0; i < len(answers); {
-		body := answerBody(answers[i], all)
+		body := answerBody(answers[i], all, columnsOf(w))
 		n := i + 1
-		for n < len(answers) && answerBody(answers[n], all) == body && answers[n].Flow.Protocol == answers[i].Flow.Protocol {
+		for n < len(answers) && answerBody(answers[n], all, columnsOf(w)) == body && answers[n].Flow.Protocol == answers[i].Flow.Protocol {
 			n++
 		}
 		if i > 0 {
@@ -122,8 +122,8 @@ func writeAnswers(w io.Writer, answers []Answer, all bool) error {
 }
 
 // answerBody is everything of a verdict but the addresses.
-func answerBody(a Answer, all bool) string {
-	var b strings.Builder
+func answerBody(a Answer, all bool, columns int) string {
+	b := page{columns: columns}
 	kernel := a.Egress.Kernel != nil
 	t := &table{header: []string{"DIRECTION", "VERDICT", "BECAUSE"}}
 	if kernel {
@@ -136,7 +136,7 @@ func answerBody(a Answer, all bool) string {
 		}
 		t.add(row...)
 	}
-	_ = t.write(&b) // a strings.Builder takes everything
+	_ = t.write(&b) // a page takes everything
 	for i, s := range []Side{a.Egress, a.Ingress} {
 		if s.Nearest != "" {
 			fmt.Fprintf(&b, "\n%s of %s: %s\n", [2]string{"egress", "ingress"}[i], s.oracle.Pod, s.Nearest)
@@ -159,7 +159,7 @@ func withAddrs(name string, list []netip.Addr) string {
 	return fmt.Sprintf("%s (%s)", name, strings.ReplaceAll(join(list), ",", ", "))
 }
 
-func writeConsidered(b *strings.Builder, a Answer) {
+func writeConsidered(b *page, a Answer) {
 	t := &table{header: []string{"CONSIDERED", "POLICY", "RULE", "PEER", "PORT", "WHY NOT"}}
 	for i, side := range []Side{a.Egress, a.Ingress} {
 		dir := [2]string{"egress", "ingress"}[i]
@@ -176,7 +176,7 @@ func writeConsidered(b *strings.Builder, a Answer) {
 		return
 	}
 	b.WriteByte('\n')
-	_ = t.write(b) // a strings.Builder takes everything
+	_ = t.write(b) // a page takes everything
 }
 
 func matches(ok bool) string {

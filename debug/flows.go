@@ -125,7 +125,7 @@ func (s *session) printFlows(cmd *cobra.Command, list []agent.Flow, header bool)
 		if len(list) == 0 {
 			return nil
 		}
-		return writeFlows(cmd.OutOrStdout(), list, header)
+		return writeFlows(onScreen(cmd.OutOrStdout()), list, header)
 	}
 	for _, f := range list {
 		if err := s.printStream(cmd, f); err != nil {

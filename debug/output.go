@@ -24,7 +24,8 @@ type table struct {
 
 func (t *table) add(cells ...string) { t.rows = append(t.rows, cells) }
 
-// write prints the columns two blanks apart, without blanks at line ends.
+// write prints the columns two blanks apart, without blanks at line ends; on a terminal
+// that is too narrow it folds the widest ones.
 func (t *table) write(w io.Writer) error {
 	width := make([]int, len(t.header))
 	all := append([][]string{t.header}, t.rows...)
@@ -33,18 +34,27 @@ func (t *table) write(w io.Writer) error {
 			width[i] = max(width[i], utf8.RuneCountInString(c))
 		}
 	}
+	natural := width
+	width = fitted(width, columnsOf(w))
+	fold := !slices.Equal(natural, width)
 	var line []byte
 	out := bufio.NewWriter(w)
 	for _, row := range all {
-		line = line[:0]
-		for i, c := range row {
-			line = append(line, c...)
-			for range width[i] - utf8.RuneCountInString(c) + 2 {
-				line = append(line, ' ')
-			}
+		lines := [][]string{row}
+		if fold {
+			lines = foldedRow(row, width)
 		}
-		if _, err := out.Write(append(bytes.TrimRight(line, " "), '\n')); err != nil {
-			return err
+		for _, cells := range lines {
+			line = line[:0]
+			for i, c := range cells {
+				line = append(line, c...)
+				for range width[i] - utf8.RuneCountInString(c) + columnGap {
+					line = append(line, ' ')
+				}
+			}
+			if _, err := out.Write(append(bytes.TrimRight(line, " "), '\n')); err != nil {
+				return err
+			}
 		}
 	}
 	return out.Flush()
@@ -55,7 +65,7 @@ func (s *session) print(cmd *cobra.Command, v any, asTable func(io.Writer) error
 	w := cmd.OutOrStdout()
 	switch s.format {
 	case "table":
-		return asTable(w)
+		return asTable(onScreen(w))
 	case "json":
 		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")
