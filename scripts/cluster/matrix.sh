@@ -164,4 +164,5 @@ P
     check "truth table: $name" matrix_is "$case"
     before=$case
   done
+  for case in x y z; do drop_namespace policy-$case; done
 }

@@ -191,7 +191,7 @@ K
   k -n $ns rollout status deploy/d --timeout=120s >/dev/null
   residue "$node" >"$work/before"
   # Their addresses may be others then: it asks all near that of a pod there.
-  k -n $ns exec -i near -- bash -c 'cat >/tmp/client; setsid bash /tmp/client "$@" </dev/null >/dev/null 2>&1 &' - "$(pod_address $ns far)" <<<"$reboot_client"
+  k -n $ns exec -i near -- bash -c 'cat >/tmp/client; setsid bash /tmp/client "$@" </dev/null >/tmp/answers 2>&1 &' - "$(pod_address $ns far)" <<<"$reboot_client"
   CLUSTER_BENCH=$bench FORM=$form PRIVATE_DIRS=$private_dirs scripts/cluster/reboot "$node"
   check "reboot: $node is Ready" within 90 node_ready_again "$node"
   check "reboot: pods of $node are back" within 120 pods_back $ns "$node"
@@ -200,6 +200,7 @@ K
   for kind in udp tcp; do
     read -r got sent < <(within 30 k -n $ns exec near -- cat /tmp/$kind) || got=none sent=0
     check "reboot: $kind of a stranger while pods came back: $got of $sent answered" test "$got" = 0 -a "$sent" -gt 200
+    [ "$got" = 0 ] || reboot_details $ns "$node"
   done
   for pod in $(k -n $ns get pods -l app=server -o name | head -4); do
     check "reboot: friend reaches ${pod#pod/}" within 5 k -n $ns exec friend -- nc -z -w 1 "$(pod_address $ns "${pod#pod/}")" 80
@@ -223,7 +224,10 @@ udp() {
     for ((i = 12; i < 52; i++)); do
       sent=$((sent + 1))
       { echo hostname >&$i; } 2>/dev/null
-      if read -r -t 0 -u $i && read -r -t 0.001 -n 1 -u $i c; then got=$((got + 1)); fi
+      if read -r -t 0 -u $i && read -r -t 0.001 -n 1 -u $i c; then
+        got=$((got + 1))
+        echo "$base$((i - 10)) answered at $(TZ=UTC printf "%(%T)T").${EPOCHREALTIME#*[.,]}"
+      fi
     done
     read -r -t 0.02 -u 4 || true
   done
@@ -242,6 +246,14 @@ tcp() {
 }
 mkfifo /tmp/never; exec 4<>/tmp/never
 udp "$1" & tcp "$1" & wait'
+
+# reboot_details NAMESPACE NODE: who answered a stranger when, and what the agent did then
+reboot_details() {
+  k -n "$1" exec near -- head -5 /tmp/answers
+  k -n "$1" exec near -- tail -5 /tmp/answers
+  k -n "$1" get pods -o wide --no-headers
+  ! processes || on "$2" tail -60 /etc/kubernetes/nftcni-agent.log
+} 2>&1 | sed 's/^/     /'
 
 node_ready_again() { on "$1" true && k wait --for=condition=Ready "node/$1" --timeout=1s && nftcni_on "$1" agent ready; }
 # pods_back NAMESPACE NODE: all there are Ready, each in another container than before
