@@ -103,7 +103,7 @@ func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 	if err := t.commitLast(&r, c, moved.added, toHost, revokes); err != nil {
 		return r, err
 	}
-	t.forgetFlows(ctx, moved)
+	t.forgetFlows(ctx, movedPorts{added: moved.added}) // Finish does the rest: nobody waits for what is gone
 	if n := len(c.Delta.Steps); n > 0 {
 		t.note(c.Delta.Steps[n-1], fresh)
 	}

@@ -20,6 +20,8 @@ const (
 	tablePersist = 4
 )
 
+const noOwnerFlag = "this kernel has no table flags owner,persist (Linux 6.9): a foreign flush of the ruleset is repaired, not prevented"
+
 // nftaTableOwner is NFTA_TABLE_OWNER, the port of the owning socket.
 const nftaTableOwner = 7
 
@@ -118,7 +120,7 @@ func (t *Table) write(p *program, s State, found tableInfo) error {
 	}
 	err := t.writeOnce(p, s, found)
 	if t.flags != 0 && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)) {
-		t.log.Info("this kernel has no table flags owner,persist (Linux 6.9): a foreign flush of the ruleset is repaired, not prevented", "err", err)
+		t.log.Info(noOwnerFlag, "err", err)
 		t.flags = 0
 		err = t.writeOnce(p, s, found)
 	}

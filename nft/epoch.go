@@ -100,14 +100,17 @@ func Grace(ctx context.Context) error {
 
 // replacesExactly reports whether a lookup never misses a key that one transaction deletes and adds again: Linux
 // 6.17 restarts a lookup that raced with a commit. Older kernels with that fix backported only cost a wait more.
-func replacesExactly() bool {
+func replacesExactly() bool { return kernelFrom(6, 17) }
+
+// kernelFrom reports whether the running kernel is of that version or newer.
+func kernelFrom(major, minor int) bool {
 	var u unix.Utsname
 	if unix.Uname(&u) != nil {
 		return false
 	}
-	var major, minor int
-	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor); err != nil {
+	var haveMajor, haveMinor int
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &haveMajor, &haveMinor); err != nil {
 		return false
 	}
-	return major > 6 || major == 6 && minor >= 17
+	return haveMajor > major || haveMajor == major && haveMinor >= minor
 }

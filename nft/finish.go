@@ -102,6 +102,7 @@ func (t *Table) Finish(ctx context.Context, seq uint64) error {
 func (t *Table) finish(ctx context.Context, seq uint64) error {
 	b := newBatch(t.conn.seq)
 	revokes, done := false, 0
+	var moved movedPorts
 	for _, p := range t.pending {
 		if p.seq > seq {
 			break
@@ -109,6 +110,7 @@ func (t *Table) finish(ctx context.Context, seq uint64) error {
 		done++
 		revokes = revokes || p.revokes
 		b.step(p.drops)
+		moved.added, moved.removed = append(moved.added, p.moved.added...), append(moved.removed, p.moved.removed...)
 	}
 	epoch, again := t.epoch, t.again
 	if revokes {
@@ -123,13 +125,13 @@ func (t *Table) finish(ctx context.Context, seq uint64) error {
 		}
 	}
 	for _, p := range t.pending[:done] {
-		t.forgetFlows(ctx, p.moved) // of connections that a packet in flight made
 		for _, o := range p.drops {
 			delete(t.dropping, o.Key)
 		}
 	}
 	t.pending = slices.Clone(t.pending[done:])
 	t.epoch, t.again = epoch, again
+	t.forgetFlows(ctx, moved) // those that a packet in flight made too
 	return nil
 }
 

@@ -181,7 +181,7 @@ func TestKernelHostPortFlows(t *testing.T) {
 			{"node", []nft.HostPort{}},
 		} {
 			before := map[string]int64{}
-			apply(t, w.table, nft.Change{HostPorts: step.ports})
+			finish(t, w.table, apply(t, w.table, nft.Change{HostPorts: step.ports}))
 			for name, s := range sinks {
 				before[name] = s.Received.Load()
 			}

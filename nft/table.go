@@ -110,8 +110,11 @@ func Open(ctx context.Context, o Options) (*Table, error) {
 		return nil, err
 	}
 	t := &Table{conn: c, reader: &Reader{conn: c}, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), netNS: o.NetNS, replaces: replacesExactly()}
-	if o.Owner {
+	switch {
+	case o.Owner && kernelFrom(6, 9):
 		t.flags = tableOwner | tablePersist
+	case o.Owner: // asking for what it cannot give would replace the table at every start
+		t.log.Info(noOwnerFlag)
 	}
 	if err := t.open(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open table inet %s: %w", TableName, err), c.Close())

@@ -1,0 +1,93 @@
+package nft_test
+
+import (
+	"errors"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nftcni/nftcni/nft"
+)
+
+// elementsOf are the commands that fill the sets of another program as a listing has them.
+func elementsOf(listing, program string) string {
+	var b strings.Builder
+	for _, m := range regexp.MustCompile(`(?s)\t(?:set|map) (\w+) \{\n(.*?)\n\t\}\n`).FindAllStringSubmatch(listing, -1) {
+		_, elements, found := strings.Cut(m[2], "elements = ")
+		declared := regexp.MustCompile(`\t(?:set|map) ` + m[1] + ` \{[^\n]*\}\n`) // and not constant
+		if found && declared.MatchString(program) {
+			b.WriteString("add element inet nftcni " + m[1] + " " + strings.ReplaceAll(elements, "\n", " ") + "\n")
+		}
+	}
+	return b.String()
+}
+
+// TestKernelUpgrade replaces the program of the version before, which had neither host ports nor podToHost, while an
+// allowed connection sends, new ones begin and forbidden ones try: nothing is lost and nothing gets through.
+func TestKernelUpgrade(t *testing.T) {
+	needNft(t)
+	old, err := os.ReadFile("testdata/program-before.nft")
+	if errors.Is(err, os.ErrNotExist) {
+		t.Fatal("testdata/program-before.nft is the program to upgrade from: commit it")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t)
+	before := state(t, w.table)
+	elements := elementsOf(nftList(t), string(old))
+	_ = w.table.Close()
+
+	const rate = 3000
+	live, fresh, denied := w.client.Sink(addr("10.9.0.2"), 9), w.client.Sink(addr("fd09::2"), 9), w.server.Sink(addr("10.9.0.1"), 90)
+	stop := make(chan struct{})
+	var tasks sync.WaitGroup
+	var sentLive, sentFresh, sentDenied int64
+	steady := w.server.DialUDP(at("10.9.0.2", 9))
+	tasks.Go(func() {
+		pace := time.NewTicker(time.Second / rate)
+		defer pace.Stop()
+		for {
+			select {
+			case <-stop:
+				return
+			case <-pace.C:
+				if _, err := steady.Write([]byte("x")); err == nil {
+					sentLive++
+				}
+			}
+		}
+	})
+	tasks.Go(func() { sentFresh, _ = w.outside.Flood(at("fd09::2", 9), rate, stop) })
+	tasks.Go(func() { sentDenied, _ = w.stranger.Flood(at("10.9.0.1", 90), rate, stop) })
+
+	for range 20 {
+		nftFile(t, "delete table inet nftcni\n"+string(old)+elements)
+		was := generation(t)
+		table := open(t, nft.Options{})
+		after := state(t, table)
+		if after.Generation == was {
+			t.Fatal("the program of the version before was taken for this one's")
+		}
+		if len(after.Tables) != len(before.Tables) || len(after.Bindings) != len(before.Bindings) || len(after.PodNetworks) != len(before.PodNetworks) || after.Epoch != before.Epoch {
+			t.Fatalf("carried over %d elements, %d bindings, %d networks, epoch %#x; want %d, %d, %d, %#x", len(after.Tables), len(after.Bindings),
+				len(after.PodNetworks), after.Epoch, len(before.Tables), len(before.Bindings), len(before.PodNetworks), before.Epoch)
+		}
+		_ = table.Close()
+	}
+	close(stop)
+	tasks.Wait()
+	t.Logf("20 upgrades: %d packets of a live connection, %d new connections, %d forbidden ones", sentLive, sentFresh, sentDenied)
+	if n := live.Total(); n != sentLive {
+		t.Errorf("a live connection lost %d of %d packets", sentLive-n, sentLive)
+	}
+	if n := fresh.Total(); n != sentFresh {
+		t.Errorf("%d of %d new connections were lost", sentFresh-n, sentFresh)
+	}
+	if n := denied.Total(); n != 0 || sentDenied == 0 {
+		t.Errorf("%d of %d forbidden packets arrived", n, sentDenied)
+	}
+}
