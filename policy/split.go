@@ -136,7 +136,7 @@ func (pl *plan) chooseTargets() {
 			pl.moving = append(pl.moving, g.to)
 			e.untidy = true
 		case !slices.ContainsFunc(g.list, func(m move) bool { return m.wanted }):
-		case g.sig.primary == nil:
+		case g.sig.primary == nil || g.sig.primary.moved: // which profiles in use take for what others were
 			g.to = e.newIdentity(g.sig)
 			for _, p := range e.lookers(g.sig) {
 				e.setRow(p, g.to, e.classify(p, g.sig))
