@@ -36,6 +36,14 @@ type answer struct {
 // debug runs `nftcni debug` on the node as a person would.
 func (n *redisNode) debug(t *testing.T, args ...string) answer {
 	t.Helper()
+	a := n.debugQuietly(t, args...)
+	t.Logf("$ nftcni debug %s    # %d\n%s%s", strings.Join(args, " "), a.status, a.stdout, a.stderr)
+	return a
+}
+
+// debugQuietly is debug for what is asked many times.
+func (n *redisNode) debugQuietly(t *testing.T, args ...string) answer {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, n.path("bin/nftcni"), append([]string{"debug", "--state-dir", n.path("state")}, args...)...)
@@ -46,9 +54,7 @@ func (n *redisNode) debug(t *testing.T, args ...string) answer {
 	if err != nil && !errors.As(err, &exit) {
 		t.Fatalf("debug %v: %v", args, err)
 	}
-	a := answer{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
-	t.Logf("$ nftcni debug %s    # %d\n%s%s", strings.Join(args, " "), a.status, a.stdout, a.stderr)
-	return a
+	return answer{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
 }
 
 // want checks the exit status and that every text is in the output.
@@ -82,7 +88,7 @@ func (n *redisNode) until(t *testing.T, text string, args ...string) answer {
 	t.Helper()
 	deadline := time.Now().Add(time.Minute)
 	for {
-		a := n.debug(t, args...)
+		a := n.debugQuietly(t, args...)
 		if strings.Contains(a.stdout, text) {
 			return a
 		}

@@ -145,10 +145,14 @@ func deniedChains() []chain {
 	denied := func(f family) rule {
 		return does(update{"denied" + f.suffix, key{metaMark, f.client, f.server}, counter{}}, goTo("denied"))
 	}
+	logged := func(f family) rule {
+		return does(update{"log_limit" + f.suffix, key{metaMark, f.client}, limit{10, 20}}, limit{100, 200}, logTo{LogGroupDenied, "", 128})
+	}
 	fs := families()
 	return []chain{
 		{name: "denied", rules: []rule{
-			does(update{"log_limit", key{metaMark}, limit{10, 20}}, limit{100, 200}, logTo{LogGroupDenied, "", 128}),
+			logged(fs[0]),
+			logged(fs[1]),
 			does(counter{}, drop),
 		}},
 		{name: "deny", rules: []rule{

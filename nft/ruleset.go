@@ -110,8 +110,6 @@ func policySets() []*setSpec {
 		{name: "access_range", key: ports, data: &c, flags: unix.NFT_SET_INTERVAL, comment: "class . protocol . ports -> code"},
 		{name: "access_icmp", key: ports, data: &c, flags: unix.NFT_SET_INTERVAL, comment: "class . protocol . type*256+code -> code"},
 		{name: "access_rest", key: []dataType{c}, data: &c, comment: "class -> code of everything else"},
-		{name: "log_limit", key: []dataType{m}, flags: unix.NFT_SET_EVAL | unix.NFT_SET_TIMEOUT, timeout: 60, size: 4096,
-			comment: "one noisy profile hides nobody"},
 	}
 }
 
@@ -134,6 +132,8 @@ func familySets(f family) []*setSpec {
 		{name: "pod_networks" + s, key: a, flags: unix.NFT_SET_INTERVAL, comment: "never masqueraded towards"},
 		{name: "denied" + s, key: append([]dataType{m}, pair...), flags: unix.NFT_SET_EVAL | unix.NFT_SET_TIMEOUT, timeout: 3600, size: 16384,
 			comment: "profile . client . server"},
+		{name: "log_limit" + s, key: []dataType{m, f.addr}, flags: unix.NFT_SET_EVAL | unix.NFT_SET_TIMEOUT, timeout: 60, size: 16384,
+			comment: "profile . client: one noisy pod hides nobody"},
 	}
 }
 
