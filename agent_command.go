@@ -31,10 +31,10 @@ func newAgentCommand() *cobra.Command {
 			}
 			c.Node, c.FlowLog = cmp.Or(node, c.Node), cmp.Or(flowLog, c.FlowLog)
 			log := c.Logger(os.Stderr)
-			if os.Getenv("GOGC") == "" {
+			o := agent.Options{Config: c, Log: log, WaitForPods: manifests == "", Version: version}
+			if o.KeepSmall = os.Getenv("GOGC") == ""; o.KeepSmall {
 				debug.SetGCPercent(50) // memory is every node's, and the agent makes little garbage
 			}
-			o := agent.Options{Config: c, Log: log, WaitForPods: manifests == "", Version: version}
 			o.TableSocket, o.KeepSocket = storedTableSocket(), storeTableSocket
 			o.Listening = func() error { return notifySystemd("READY=1") }
 			o.Serving = func() error {

@@ -45,6 +45,8 @@ type Options struct {
 	// Generation reads a policy's generation for those who wait for it; nil: the source counts
 	// none.
 	Generation GenerationFunc
+	// KeepSmall adapts the garbage collector (GOGC) of this process to the size of the cluster.
+	KeepSmall bool
 	// Version is what the metrics say this is.
 	Version string
 }
@@ -174,6 +176,9 @@ func (l *loop) serveAll(ctx context.Context, o Options) error {
 	}
 	if l.mesh != nil {
 		start("mesh", func() error { return l.mesh.run(ctx) })
+	}
+	if o.KeepSmall {
+		start("memory", func() error { return l.keepSmall(ctx) })
 	}
 	start("orphans", func() error { return l.reconcile(ctx) })
 	o.told("listening", o.Listening)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -247,44 +248,81 @@ func (v *inventory) knows(a cni.Attachment) bool {
 	return p != nil && !stale(a, *p)
 }
 
-// cluster is the engine's whole input.
-func (v *inventory) cluster() *policy.Cluster {
-	c := &policy.Cluster{Pods: make([]policy.Pod, 0, len(v.pods)), Policies: make([]policy.Policy, 0, len(v.policies))}
-	for _, ns := range v.namespaces {
-		c.Namespaces = append(c.Namespaces, *ns)
-	}
-	for _, n := range v.nodes {
-		c.Nodes = append(c.Nodes, *n)
-	}
-	for _, p := range v.policies {
-		c.Policies = append(c.Policies, *p)
+// objects are what a policy.Cluster holds, without copies of it: nobody may change them.
+type objects struct {
+	namespaces []*policy.Namespace
+	pods       []*policy.Pod
+	nodes      []*policy.Node
+	policies   []*policy.Policy
+}
+
+// objects is the engine's whole input.
+func (v *inventory) objects() objects {
+	o := objects{pods: make([]*policy.Pod, 0, len(v.pods)), policies: make([]*policy.Policy, 0, len(v.policies))}
+	o.namespaces = slices.AppendSeq(o.namespaces, maps.Values(v.namespaces))
+	o.nodes = slices.AppendSeq(o.nodes, maps.Values(v.nodes))
+	o.policies = slices.AppendSeq(o.policies, maps.Values(v.policies))
+	joined := func(n policy.Name) {
+		pods := v.join(n)
+		v.remember(n, pods)
+		for i := range pods {
+			o.pods = append(o.pods, &pods[i])
+		}
 	}
 	for n, p := range v.pods {
 		if v.byPod[n] == nil && !v.foreign(p) {
-			c.Pods = append(c.Pods, *p)
-			continue
+			o.pods = append(o.pods, p)
+		} else {
+			joined(n)
 		}
-		pods := v.join(n)
-		v.remember(n, pods)
-		c.Pods = append(c.Pods, pods...)
 	}
 	for n := range v.byPod {
 		if v.pods[n] == nil {
-			pods := v.join(n)
-			v.remember(n, pods)
-			c.Pods = append(c.Pods, pods...)
+			joined(n)
 		}
 	}
 	v.isolateUnlabelled()
 	for _, i := range v.unlabelled.told {
-		c.Namespaces, c.Policies = append(c.Namespaces, *i.namespace), append(c.Policies, *i.policy)
+		o.namespaces, o.policies = append(o.namespaces, i.namespace), append(o.policies, i.policy)
 	}
-	return c
+	return o
+}
+
+// cluster is objects with a copy of each.
+func (v *inventory) cluster() *policy.Cluster {
+	o := v.objects()
+	return &policy.Cluster{Namespaces: copies(o.namespaces), Pods: copies(o.pods), Nodes: copies(o.nodes), Policies: copies(o.policies)}
+}
+
+func copies[T any](list []*T) []T {
+	out := make([]T, len(list))
+	for i, p := range list {
+		out[i] = *p
+	}
+	return out
+}
+
+// share lets the inventory hold the objects of c, which the engine holds, as far as they
+// are the source's: one copy of each remote pod and of each policy.
+func (v *inventory) share(c *policy.Cluster) {
+	for i := range c.Pods {
+		n := c.Pods[i].Name
+		if p := v.pods[n]; p != nil && v.byPod[n] == nil && !v.foreign(p) {
+			v.pods[n] = &c.Pods[i]
+		}
+	}
+	for i := range c.Policies {
+		if id := c.Policies[i].ID; v.policies[id] != nil {
+			v.policies[id] = &c.Policies[i]
+		}
+	}
 }
 
 // load replaces the source's objects.
 func (v *inventory) load(c *policy.Cluster) {
 	v.clear()
+	v.pods = make(map[policy.Name]*policy.Pod, len(c.Pods)) // one that grew has more room to spare
+	v.policies = make(map[policy.PolicyID]*policy.Policy, len(c.Policies))
 	for i := range c.Namespaces {
 		v.namespaces[c.Namespaces[i].Name] = &c.Namespaces[i]
 	}

@@ -73,7 +73,7 @@ type loop struct {
 	lastSeq                     uint64
 	inGrace                     bool
 	tidyDue                     bool
-	state                       nft.State // as found at start or after the last error; bindings are kept current
+	generation                  uint32 // of the ruleset, with the last commit
 	commits                     commitLog
 	serving                     func()     // told once, when the first complete state is in force
 	publish                     *publisher // nil: nobody to tell
@@ -261,13 +261,13 @@ func notNil(p []netip.Prefix) []netip.Prefix {
 
 func (l *loop) push(ctx context.Context, c nft.Change) (nft.Receipt, error) {
 	if c.Delta.Empty() && len(c.Bind)+len(c.Unbind) == 0 && c.PodNetworks == nil && c.Tunnels == nil && c.HostPorts == nil && c.PodToHost == nil {
-		return nft.Receipt{Seq: l.lastSeq, Generation: l.state.Generation}, nil
+		return nft.Receipt{Seq: l.lastSeq, Generation: l.generation}, nil
 	}
 	r, err := l.table.Apply(ctx, c)
 	if err != nil {
 		return r, fmt.Errorf("apply %d steps: %w", len(c.Delta.Steps), err)
 	}
-	l.lastSeq, l.state.Generation = r.Seq, r.Generation
+	l.lastSeq, l.generation = r.Seq, r.Generation
 	l.startGrace(ctx)
 	return r, nil
 }
@@ -297,10 +297,12 @@ func (l *loop) tryResync(ctx context.Context, reopen bool) (nft.Receipt, error) 
 	if err != nil {
 		return nft.Receipt{}, err
 	}
-	l.state = state
+	l.generation = state.Generation
 	l.engine = policy.NewEngine(l.cfg.Node)
 	l.engine.Adopt(state.Tables)
-	c := nft.Change{Delta: l.engine.Replace(l.inv.cluster())}
+	cluster := l.inv.cluster()
+	c := nft.Change{Delta: l.engine.Replace(cluster)}
+	l.inv.share(cluster)
 	c.Bind, c.Unbind = diffBindings(state.Bindings, l.wantBindings())
 	l.networks = l.inv.podNetworks(l.cfg.notMasqueraded())
 	if !slices.Equal(l.networks, state.PodNetworks) {

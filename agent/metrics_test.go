@@ -10,7 +10,10 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 )
@@ -111,6 +114,45 @@ func TestSnapshotFile(t *testing.T) {
 	}
 	if _, err := ReadSnapshotFile(dir); err == nil {
 		t.Error("half a file is no error")
+	}
+}
+
+// TestSnapshotFileWhole: what is written object by object is a Snapshot like the socket's.
+func TestSnapshotFileWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		table, dir := newMemoryTable(), t.TempDir()
+		l, ctx := startLoop(t, table, func(l *loop) { l.cfg.RunDir = dir })
+		_ = l.send(ctx, l.replace(everyField(), nil))
+		want, err := l.snapshot(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var file snapshotFile
+		_ = l.do(ctx, func() { file = l.unwritten() })
+		if err := writeSnapshotFile(dir, file); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadSnapshotFile(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want.Cluster, got.Cluster, sameCluster, cmpopts.EquateEmpty()); diff != "" {
+			t.Errorf("cluster (-socket +file):\n%s", diff)
+		}
+		if got.Node != "n1" || got.At.IsZero() || got.Status == nil || got.Status.Pods != 2 || len(got.Enforced) != 1 || len(got.Policies()) != 1 {
+			t.Errorf("node %q at %v, status %+v, enforced %v", got.Node, got.At, got.Status, got.Enforced)
+		}
+	})
+}
+
+func TestGarbageShare(t *testing.T) {
+	for _, tt := range []struct {
+		live uint64
+		want int
+	}{{0, 50}, {1 << 20, 50}, {10 << 20, 30}, {30 << 20, 10}, {45 << 20, 6}, {1 << 30, 6}} {
+		if got := garbageShare(tt.live); got != tt.want {
+			t.Errorf("garbageShare(%d) = %d, want %d", tt.live, got, tt.want)
+		}
 	}
 }
 

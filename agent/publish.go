@@ -30,18 +30,18 @@ type publication struct {
 // publisher sends publications one after another, so that no pod waits for an API call.
 type publisher struct {
 	publish PublishFunc
-	queue   chan publication
+	queue   chan *publication
 	log     *slog.Logger
 }
 
 func newPublisher(publish PublishFunc, log *slog.Logger) *publisher {
-	return &publisher{publish: publish, queue: make(chan publication, publishQueue), log: log}
+	return &publisher{publish: publish, queue: make(chan *publication, publishQueue), log: log}
 }
 
 // add queues p and never blocks.
 func (p *publisher) add(x publication) {
 	select {
-	case p.queue <- x:
+	case p.queue <- &x:
 	default:
 		p.log.Warn("address not published: too many wait", "pod", x.pod.String())
 	}
@@ -52,7 +52,7 @@ func (p *publisher) run(ctx context.Context) error {
 	for {
 		select {
 		case x := <-p.queue:
-			p.send(ctx, x)
+			p.send(ctx, *x)
 		case <-ctx.Done():
 			return nil
 		}

@@ -150,7 +150,7 @@ func (l *loop) enforced(b *batch, c Commit) {
 		l.commits.enforced[p.ID] = enforcement{generation: p.Generation, kernel: c.Generation, at: c.At, micros: c.Micros}
 	}
 	if b.replace {
-		clear(l.commits.enforced)
+		l.commits.enforced = make(map[policy.PolicyID]enforcement, len(l.inv.policies))
 		for _, p := range l.inv.policies {
 			note(p)
 		}
@@ -178,7 +178,7 @@ func (l *loop) status(ctx context.Context) (Status, error) {
 // statusNow is all of status but the histograms; the loop's goroutine calls it.
 func (l *loop) statusNow() Status {
 	s := Status{
-		Node: l.cfg.Node, Network: l.cfg.Network, Generation: l.state.Generation,
+		Node: l.cfg.Node, Network: l.cfg.Network, Generation: l.generation,
 		Namespaces: len(l.inv.namespaces), Pods: len(l.inv.pods), Policies: len(l.inv.policies), Nodes: len(l.inv.nodes),
 		Attachments: len(l.inv.attached), PodNetworks: l.networks, Commits: l.commits.total,
 		Recent: slices.Clone(l.commits.recent), Problems: slices.Clone(l.problems),
@@ -279,11 +279,11 @@ func (l *loop) snapshot(ctx context.Context) (Snapshot, error) {
 }
 
 // wholeSnapshot is snapshot with what only the agent can tell; the loop's goroutine calls it.
-func (l *loop) wholeSnapshot() Snapshot {
+func (l *loop) wholeSnapshot() snapshotFile {
 	status := l.statusNow()
-	s := Snapshot{At: time.Now(), Node: l.cfg.Node, Cluster: l.inv.cluster(), Status: &status}
+	s := snapshotFile{at: time.Now(), objects: l.inv.objects(), status: &status}
 	for id, e := range l.commits.enforced {
-		s.Enforced = append(s.Enforced, Enforced{Policy: id.String(), InForce: true, Known: l.inv.policies[id] != nil,
+		s.enforced = append(s.enforced, Enforced{Policy: id.String(), InForce: true, Known: l.inv.policies[id] != nil,
 			Generation: e.generation, KernelGeneration: e.kernel, At: e.at, Micros: e.micros})
 	}
 	return s

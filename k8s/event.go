@@ -3,6 +3,7 @@ package k8s
 import (
 	"cmp"
 	"iter"
+	"net/netip"
 	"slices"
 
 	"github.com/nftcni/nftcni/policy"
@@ -10,13 +11,27 @@ import (
 
 // snapshot collects the objects of events that delete nothing, sorted by name.
 func snapshot(objects iter.Seq[policy.Event]) *policy.Cluster {
-	c := &policy.Cluster{}
-	for _, e := range slices.SortedFunc(objects, compareEvents) {
+	sorted := slices.SortedFunc(objects, compareEvents)
+	pods, addrs := 0, 0
+	for _, e := range sorted {
+		if e.Pod != nil {
+			pods, addrs = pods+1, addrs+len(e.Pod.Addrs)
+		}
+	}
+	// One piece of memory of the exact size: many small ones would lie scattered among what
+	// decoding left behind, and a slice that grew would keep room to spare.
+	c, all := &policy.Cluster{Pods: make([]policy.Pod, 0, pods)}, make([]netip.Addr, 0, addrs)
+	for _, e := range sorted {
 		switch {
 		case e.Namespace != nil:
 			c.Namespaces = append(c.Namespaces, *e.Namespace)
 		case e.Pod != nil:
-			c.Pods = append(c.Pods, *e.Pod)
+			pod, first := *e.Pod, len(all)
+			if len(pod.Addrs) > 0 {
+				all = append(all, pod.Addrs...)
+				pod.Addrs = slices.Clip(all[first:])
+			}
+			c.Pods = append(c.Pods, pod)
 		case e.Node != nil:
 			c.Nodes = append(c.Nodes, *e.Node)
 		case e.Policy != nil:

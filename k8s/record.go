@@ -32,43 +32,58 @@ type record struct {
 
 // A digester makes records. Digests are of this process only: they are never stored.
 type digester struct {
-	seed  maphash.Seed
-	host  string // this node: the UID of other nodes' pods is left out: only the plugin's calls name it
-	ports *portTable
+	seed      maphash.Seed
+	host      string // this node: the UID of other nodes' pods is left out: only the plugin's calls name it
+	ports     *shared[policy.NamedPort]
+	selectors *shared[policy.Requirement]
 }
 
 func newDigester(node string) digester {
-	return digester{seed: maphash.MakeSeed(), host: node, ports: &portTable{known: map[uint64][]policy.NamedPort{}}}
+	d := digester{seed: maphash.MakeSeed(), host: node}
+	d.ports = newShared(func(p policy.NamedPort) uint64 { return maphash.Comparable(d.seed, p) },
+		func(a, b policy.NamedPort) bool { return a == b })
+	d.selectors = newShared(func(r policy.Requirement) uint64 {
+		return maphash.String(d.seed, r.Key+"\x00"+strings.Join(r.Values, "\x00"))
+	},
+		func(a, b policy.Requirement) bool { return compareRequirements(a, b) == 0 })
+	return d
 }
 
-// A portTable lets the pods of one template share their list of named ports.
-type portTable struct {
+// shared lets equal lists share their storage: the named ports of one template's pods, the
+// selectors that many policies have.
+type shared[T any] struct {
+	hash  func(T) uint64
+	equal func(a, b T) bool
+
 	mu    sync.Mutex
-	known map[uint64][]policy.NamedPort
+	known map[uint64][]T
 }
 
-// maxPortLists bounds a portTable: when it is full it is emptied.
-const maxPortLists = 10_000
+func newShared[T any](hash func(T) uint64, equal func(a, b T) bool) *shared[T] {
+	return &shared[T]{hash: hash, equal: equal, known: map[uint64][]T{}}
+}
 
-func (t *portTable) share(seed maphash.Seed, ports []policy.NamedPort) []policy.NamedPort {
-	if len(ports) == 0 {
+// maxShared bounds the lists that are remembered: at so many, all are forgotten.
+const maxShared = 10_000
+
+func (t *shared[T]) share(list []T) []T {
+	if len(list) == 0 {
 		return nil
 	}
-	var h maphash.Hash
-	h.SetSeed(seed)
-	for _, p := range ports {
-		maphash.WriteComparable(&h, p)
+	sum := uint64(0)
+	for _, x := range list {
+		sum = sum*31 + t.hash(x)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if shared := t.known[h.Sum64()]; slices.Equal(shared, ports) {
-		return shared
+	if known := t.known[sum]; slices.EqualFunc(known, list, t.equal) {
+		return known
 	}
-	if len(t.known) >= maxPortLists {
+	if len(t.known) >= maxShared {
 		clear(t.known)
 	}
-	t.known[h.Sum64()] = ports
-	return ports
+	t.known[sum] = list
+	return list
 }
 
 // transform implements cache.TransformFunc; it is idempotent.
@@ -117,7 +132,7 @@ func (d digester) node(o *corev1.Node) *record {
 func (d digester) pod(o *corev1.Pod) *record {
 	r := newRecord(&o.ObjectMeta)
 	p := convertPod(o, &r.faults)
-	p.Ports = d.ports.share(d.seed, p.Ports)
+	p.Ports = d.ports.share(p.Ports)
 	staticUID := p.UID
 	if d.host != "" && p.Node != d.host {
 		p.UID = ""
@@ -153,6 +168,7 @@ func (d digester) pod(o *corev1.Pod) *record {
 func (d digester) policy(o *networkingv1.NetworkPolicy) *record {
 	r := newRecord(&o.ObjectMeta)
 	p := convertPolicy(o, &r.faults)
+	d.shareSelectors(&p)
 	r.value.Policy = &p
 	version := fmt.Sprintf("%s %d", r.uid, o.Generation)
 	if o.Generation == 0 {
@@ -160,6 +176,23 @@ func (d digester) policy(o *networkingv1.NetworkPolicy) *record {
 	}
 	r.digest = maphash.String(d.seed, version)
 	return r
+}
+
+func (d digester) shareSelectors(p *policy.Policy) {
+	share := func(s *policy.PodSelector) {
+		s.Namespaces.Requirements = d.selectors.share(s.Namespaces.Requirements)
+		s.Pods.Requirements = d.selectors.share(s.Pods.Requirements)
+	}
+	share(&p.Subject)
+	for _, rules := range p.Rules {
+		for _, r := range rules {
+			for _, peer := range r.Peers {
+				if peer.Pods != nil {
+					share(peer.Pods)
+				}
+			}
+		}
+	}
 }
 
 // maxClaimed bounds the annotation, which anyone who may change the pod can write.

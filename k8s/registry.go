@@ -118,6 +118,9 @@ func (s kindStore) Replace(list []any, _ string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	present := make(map[policy.Name]bool, len(records))
+	if len(s.known[s.kind]) == 0 {
+		s.known[s.kind] = make(map[policy.Name]uint64, len(records))
+	}
 	var events []policy.Event
 	for _, r := range records {
 		present[policy.Name{Namespace: r.Namespace, Name: r.Name}] = true

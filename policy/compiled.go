@@ -127,13 +127,13 @@ func (e *Engine) Cluster() *Cluster {
 		}
 	}
 	for _, p := range e.pods {
-		c.Pods = append(c.Pods, p.Pod)
+		c.Pods = append(c.Pods, *p.Pod)
 	}
 	for _, n := range e.nodes {
 		c.Nodes = append(c.Nodes, n)
 	}
 	for _, p := range e.policies {
-		c.Policies = append(c.Policies, p.Policy)
+		c.Policies = append(c.Policies, *p.Policy)
 	}
 	slices.SortFunc(c.Namespaces, func(a, b Namespace) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(c.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })

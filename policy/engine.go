@@ -74,9 +74,9 @@ type Engine struct {
 	atomBuf []*atom
 }
 
-// selected is a policy with its two directions (nil: does not apply).
+// selected is a policy, which belongs to whoever handed it over too, with its two directions (nil: does not apply).
 type selected struct {
-	Policy
+	*Policy
 	parts [2]*part
 }
 
@@ -126,7 +126,8 @@ func NewEngine(node string) *Engine {
 }
 
 // Apply follows events, in order, and returns one delta for all of them. Events that
-// change nothing, repeat or delete what is unknown are harmless.
+// change nothing, repeat or delete what is unknown are harmless. The engine keeps the pods
+// and policies it is given: nobody may change them afterwards.
 func (e *Engine) Apply(events ...Event) Delta {
 	for _, ev := range events {
 		e.take(ev)
@@ -139,6 +140,10 @@ func (e *Engine) Apply(events ...Event) Delta {
 func (e *Engine) Replace(c *Cluster) Delta {
 	pods, policies := make(map[Name]struct{}, len(c.Pods)), make(map[PolicyID]struct{}, len(c.Policies))
 	namespaces, nodes := map[string]struct{}{}, map[string]struct{}{}
+	if len(e.pods)+len(e.addresses)+len(e.policies) == 0 { // maps that grew have more room to spare
+		e.pods, e.addresses = make(map[Name]*pod, len(c.Pods)), make(map[netip.Addr]*address, len(c.Pods))
+		e.policies = make(map[PolicyID]*selected, len(c.Policies))
+	}
 	for i := range c.Namespaces {
 		namespaces[c.Namespaces[i].Name] = struct{}{}
 		e.takeNamespace(&c.Namespaces[i], false)
@@ -157,12 +162,12 @@ func (e *Engine) Replace(c *Cluster) Delta {
 	}
 	for name, p := range e.pods {
 		if _, ok := pods[name]; !ok {
-			e.takePod(&p.Pod, true)
+			e.takePod(p.Pod, true)
 		}
 	}
 	for id, p := range e.policies {
 		if _, ok := policies[id]; !ok {
-			e.takePolicy(&p.Policy, true)
+			e.takePolicy(p.Policy, true)
 		}
 	}
 	for name, ns := range e.namespaces {
@@ -198,7 +203,7 @@ func (e *Engine) take(ev Event) {
 
 func (e *Engine) takePod(p *Pod, remove bool) {
 	old := e.pods[p.Name]
-	if old != nil && !remove && reflect.DeepEqual(&old.Pod, p) {
+	if old != nil && !remove && reflect.DeepEqual(old.Pod, p) {
 		return
 	}
 	if old != nil {
@@ -212,7 +217,7 @@ func (e *Engine) takePod(p *Pod, remove bool) {
 func (e *Engine) isLocal(p *pod) bool { return p.Node == e.node && p.live() }
 
 func (e *Engine) addPod(v *Pod) {
-	p := &pod{Pod: *v}
+	p := &pod{Pod: v}
 	e.pods[p.Name] = p
 	if !p.live() {
 		return
@@ -327,7 +332,7 @@ func (e *Engine) takePolicy(p *Policy, remove bool) {
 	}
 	var fresh *selected
 	if !remove {
-		fresh = &selected{Policy: *p}
+		fresh = &selected{Policy: p}
 		for _, d := range Directions {
 			fresh.parts[d] = e.part(p, d, old)
 		}

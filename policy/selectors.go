@@ -104,9 +104,9 @@ type groupKey struct {
 
 func (g *group) matches(s *PodSelector) bool { return g.ns.matches(s) && s.Pods.Matches(g.labels) }
 
-// pod is a Pod with its place in the indices.
+// pod is a Pod, which belongs to whoever handed it over too, with its place in the indices.
 type pod struct {
-	Pod
+	*Pod
 	group *group // nil when nothing selects it: host network or finished
 	slot  int    // in group.pods
 }
