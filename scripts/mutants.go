@@ -31,6 +31,8 @@ type mutant struct {
 	line                     int
 	from, to                 int
 	text                     string
+	typed                    bool // it may not build
+	index                    int  // in the source: outer places come first
 	edits                    func(number int) []edit
 }
 
@@ -159,6 +161,7 @@ func (f *finder) typeName(e ast.Expr) string {
 
 // add files a mutant of n that is text alone, and between before and after in the copy.
 func (f *finder) add(n ast.Node, m mutant, before, after string, more ...edit) {
+	m.typed = slices.Contains([]string{"number", "left out", "branch"}, m.operator) || strings.HasPrefix(m.operator, "arithmetic")
 	m.file, m.function, m.line = f.file, f.function, f.fset.Position(n.Pos()).Line
 	m.from, m.to = f.offset(n.Pos()), f.offset(n.End())
 	m.nth = f.seen[m.id()]
@@ -283,7 +286,7 @@ func schemata(source []byte, mutants map[int]mutant) []byte {
 	for n := range mutants {
 		numbers = append(numbers, n)
 	}
-	slices.Sort(numbers) // outer places have lower numbers
+	slices.SortFunc(numbers, func(a, b int) int { return mutants[a].index - mutants[b].index })
 	for _, n := range numbers {
 		edits = append(edits, mutants[n].edits(n)...)
 	}

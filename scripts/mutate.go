@@ -114,6 +114,9 @@ func (s *source) find() []mutant {
 		}
 		all = append(all, f.out...)
 	}
+	for i := range all {
+		all[i].index = i
+	}
 	return all
 }
 
@@ -199,29 +202,44 @@ type job struct {
 	runner
 	all, chosen []mutant
 	known       map[string]string
+	log         *runLog
+	until       time.Time // zero: no end
 	results     []result
 	suiteCPU    time.Duration
 }
 
 // place decides how a mutant runs: not at all, in the copy that holds many, or alone.
-func (j *job) place() (together map[string]map[int]mutant, alone []int) {
-	together = map[string]map[int]mutant{}
+func (j *job) place() (copied map[string][]byte, alone []int) {
+	together := map[string]map[int]mutant{}
 	for i, m := range j.chosen {
-		if _, err := j.check(nil, map[string][]byte{m.file: j.source.alone(m)}); err != nil {
-			j.results[i].outcome = noBuild
-			continue
-		}
-		copied := schemata(j.text[m.file], map[int]mutant{i + 1: m})
-		if _, err := j.check(nil, map[string][]byte{m.file: copied, "switches.go": []byte(writeSwitches())}); err != nil {
-			alone = append(alone, i)
-			continue
+		if m.typed {
+			if _, err := j.check(nil, map[string][]byte{m.file: j.source.alone(m)}); err != nil {
+				j.results[i].outcome = noBuild
+				continue
+			}
 		}
 		if together[m.file] == nil {
 			together[m.file] = map[int]mutant{}
 		}
 		together[m.file][i+1] = m
 	}
-	return together, alone
+	copied = map[string][]byte{"switches.go": []byte(writeSwitches())}
+	builds := func(file string, mutants map[int]mutant) bool {
+		_, err := j.check(nil, map[string][]byte{file: schemata(j.text[file], mutants), "switches.go": copied["switches.go"]})
+		return err == nil
+	}
+	for file, mutants := range together {
+		if !builds(file, mutants) {
+			for number, m := range mutants {
+				if !builds(file, map[int]mutant{number: m}) {
+					alone = append(alone, number-1)
+					delete(mutants, number)
+				}
+			}
+		}
+		copied[file] = schemata(j.text[file], mutants)
+	}
+	return copied, alone
 }
 
 // runAll runs the chosen mutants; slow builds each by itself.
@@ -235,11 +253,7 @@ func (j *job) runAll(slow bool) error {
 	}
 	j.suiteCPU = first.cpu
 	j.results = make([]result, len(j.chosen))
-	together, alone := j.place()
-	copied := map[string][]byte{"switches.go": []byte(writeSwitches())}
-	for file, mutants := range together {
-		copied[file] = schemata(j.text[file], mutants)
-	}
+	copied, alone := j.place()
 	if err := j.build("copy", copied); err != nil {
 		return err
 	}
@@ -248,9 +262,13 @@ func (j *job) runAll(slow bool) error {
 	}
 	fmt.Fprintf(os.Stderr, "%d mutants, %d of them alone; the suite takes %.1f s of CPU\n", len(j.chosen), len(alone), j.suiteCPU.Seconds())
 	for i, m := range j.chosen {
-		switch {
-		case j.results[i].outcome == noBuild:
+		if !j.until.IsZero() && time.Now().After(j.until) {
+			break
+		}
+		if j.results[i].outcome = cmp.Or(j.results[i].outcome, j.log.known(m)); j.results[i].outcome != "" {
 			continue
+		}
+		switch {
 		case slow || slices.Contains(alone, i):
 			if err := j.build("alone", map[string][]byte{m.file: j.source.alone(m)}); err != nil {
 				return err
@@ -258,6 +276,9 @@ func (j *job) runAll(slow bool) error {
 			j.results[i] = j.run("alone", 0)
 		default:
 			j.results[i] = j.run("copy", i+1)
+		}
+		if err := j.log.add(m, j.results[i].outcome); err != nil {
+			return err
 		}
 		if r := j.results[i]; r.outcome == survived {
 			fmt.Fprintf(os.Stderr, "%d/%d line %d survived (reached: %v): %s | %s\n", i+1, len(j.chosen), m.line, r.reached, m.id(), j.known[m.id()])
@@ -289,14 +310,16 @@ func main() {
 	slow := flag.Bool("slow", false, "build each mutant by itself")
 	write := flag.String("write", "", "write the result to this file")
 	only := flag.String("only", "", "run those whose name contains this, or that a line of this file names")
+	log := flag.String("log", "", "append each outcome to this file, and take those that it has from it")
+	limit := flag.Duration("for", 0, "stop after this time; 0: when all ran")
 	flag.Parse()
-	if err := mutate(*seeded, *list, *slow, *only, *write); err != nil {
+	if err := mutate(*seeded, *list, *slow, *only, *write, *log, *limit); err != nil {
 		fmt.Fprintln(os.Stderr, "mutate:", err)
 		os.Exit(1)
 	}
 }
 
-func mutate(seeded int, list, slow bool, only, write string) error {
+func mutate(seeded int, list, slow bool, only, write, log string, limit time.Duration) error {
 	root, err := os.Getwd()
 	if err != nil {
 		return err
@@ -315,6 +338,12 @@ func mutate(seeded int, list, slow bool, only, write string) error {
 	}
 	if j.known, err = explained("scripts/mutants-explained"); err != nil {
 		return err
+	}
+	if j.log, err = openLog(log, j.dir); err != nil {
+		return err
+	}
+	if limit > 0 {
+		j.until = time.Now().Add(limit)
 	}
 	if j.tmp, err = os.MkdirTemp("", "mutate"); err != nil {
 		return err
@@ -346,12 +375,9 @@ func choose(all []mutant, seeded int, only string) []mutant {
 			return err == nil && !slices.Contains(lines, m.id()) || err != nil && !strings.Contains(m.id(), only)
 		})
 	}
+	slices.SortFunc(out, func(a, b mutant) int { return cmp.Compare(a.rank(), b.rank()) })
 	if seeded > 0 && seeded < len(out) {
-		slices.SortFunc(out, func(a, b mutant) int { return cmp.Compare(a.rank(), b.rank()) })
 		out = out[:seeded]
-		slices.SortFunc(out, func(a, b mutant) int {
-			return cmp.Or(cmp.Compare(a.file, b.file), cmp.Compare(a.from, b.from), cmp.Compare(b.to, a.to))
-		})
 	}
 	return out
 }
