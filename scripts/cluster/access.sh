@@ -2,15 +2,16 @@
 # Each check takes both from here, so that it runs in the bench and in a cluster of others.
 
 # on NODE COMMAND...: as root in the namespaces of a node. In a cluster of others by a privileged
-# pod of that node, which this makes; has_nodes says whether there is one.
+# pod of that node, which this makes; has_nodes says whether there is one. By env, because
+# busybox's nsenter would run its own "ip".
 on() {
   if [ -n "$bench" ]; then
     "$bench/x" "$@"
     return
   fi
-  local node=$1
+  local node=$1 path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   shift
-  k -n nftcni-test exec "node-$node" -- nsenter -t 1 -m -u -i -n -- "$@"
+  k -n nftcni-test exec "node-$node" -- nsenter -t 1 -m -u -i -n -- /usr/bin/env "PATH=$path" "$@"
 }
 
 # nftcni_on NODE ARGS...: the command line on a node, or in its agent's container
@@ -30,10 +31,15 @@ has_nodes() { [ -n "$bench" ] || [ "${node_pods:-}" = yes ]; }
 # foreign: the cluster that KUBECONFIG names: which form, and whether nodes let us in
 foreign() {
   local n
+  kubectl create token --help >/dev/null 2>&1 || {
+    echo "$(command -v kubectl || echo kubectl) is missing or older than the clusters that nftcni is for: install kubectl 1.31 or newer" >&2
+    exit 2
+  }
   k get nodes >/dev/null
   form=systemd
   if k -n kube-system get ds nftcni >/dev/null 2>&1; then form=daemonset; fi
-  k apply -f - >/dev/null <<<'{apiVersion: v1, kind: Namespace, metadata: {name: nftcni-test, labels: {pod-security.kubernetes.io/enforce: privileged}}}'
+  new_namespace nftcni-test
+  k label --overwrite ns nftcni-test pod-security.kubernetes.io/enforce=privileged >/dev/null
   trap 'k delete ns nftcni-test --wait=false >/dev/null 2>&1; rm -rf "$work"' EXIT
   for n in $(node_names); do
     k -n nftcni-test apply -f - >/dev/null <<K
