@@ -7,7 +7,6 @@ import (
 	"slices"
 
 	"github.com/nftcni/nftcni/cni"
-	"github.com/nftcni/nftcni/nft"
 	"github.com/nftcni/nftcni/policy"
 )
 
@@ -179,69 +178,6 @@ func (v *inventory) remember(n policy.Name, pods []policy.Pod) {
 	}
 }
 
-// join returns the engine's pods for a name: the current pod with the addresses of its
-// attachments, and one for each attachment of an earlier pod of that name.
-func (v *inventory) join(n policy.Name) []policy.Pod {
-	src := v.pods[n]
-	atts, out := v.labelled(n, src)
-	var current policy.Pod
-	switch {
-	case src != nil:
-		current = *src
-	case len(atts) > 0:
-		current = v.unlisted(n, atts[len(atts)-1])
-	default:
-		return out
-	}
-	if len(v.byPod[n]) > 0 {
-		current.Addrs = nil // only what the kernel holds
-	} else if v.foreign(&current) {
-		current.Node = "" // a peer by its address, but not ours to enforce on
-	}
-	for _, at := range atts {
-		if stale(at.Attachment, current) {
-			out = append(out, v.stalePod(n, at))
-			continue
-		}
-		current.Node, current.Attached = v.node, true
-		current.Addrs = append(current.Addrs, at.Addresses...)
-	}
-	for _, at := range atts {
-		if !stale(at.Attachment, current) {
-			at.joined = &current
-		}
-	}
-	return append([]policy.Pod{current}, out...)
-}
-
-// foreign reports whether another plugin wires a pod of this node (or nobody does yet).
-func (v *inventory) foreign(p *policy.Pod) bool {
-	return v.network == NetworkRouted && p.Node == v.node && !p.HostNetwork
-}
-
-func stale(a cni.Attachment, p policy.Pod) bool { return a.UID != "" && p.UID != "" && a.UID != p.UID }
-
-// unlisted is a pod that the source does not list (yet, any more, or ever).
-func (v *inventory) unlisted(n policy.Name, at *attachment) policy.Pod {
-	if at.joined != nil && at.joined.Name == n {
-		p := *at.joined
-		p.Finished = false // its sandbox is still there
-		return p
-	}
-	return policy.Pod{Name: n, UID: at.UID, Node: v.node, Labels: policy.MakeLabels(at.Labels)}
-}
-
-func (v *inventory) stalePod(n policy.Name, at *attachment) policy.Pod {
-	p := policy.Pod{Labels: policy.MakeLabels(at.Labels)}
-	if at.joined != nil {
-		p = *at.joined
-	}
-	p.Name = policy.Name{Namespace: n.Namespace, Name: n.Name + "@" + at.HostInterface}
-	p.UID, p.Node, p.Attached, p.Addrs = at.UID, v.node, true, at.Addresses
-	at.joined = &p
-	return p
-}
-
 // knows reports whether the source lists the pod of an attachment.
 func (v *inventory) knows(a cni.Attachment) bool {
 	p := v.pods[podName(a)]
@@ -340,74 +276,6 @@ func (v *inventory) load(c *policy.Cluster) {
 			v.implyNamespace(n.Namespace)
 		}
 	}
-}
-
-// bindings of an attachment: all its addresses, none of a pod that has finished. Such a
-// pod owns no address (and no policy) any more, so its interface is closed until DEL.
-func (v *inventory) bindings(at *attachment) []nft.Binding {
-	n := podName(at.Attachment)
-	if p := v.pods[n]; p != nil && p.Finished && !stale(at.Attachment, *p) {
-		return nil
-	}
-	return bindings(at.Attachment)
-}
-
-func bindings(a cni.Attachment) []nft.Binding {
-	out := make([]nft.Binding, 0, len(a.Addresses))
-	for _, addr := range a.Addresses {
-		out = append(out, nft.Binding{Interface: a.HostInterface, Addr: addr, Masquerade: a.Masquerade, Comment: podName(a).String()})
-	}
-	return out
-}
-
-// boundOf are the bindings of the attachments of an event's pod.
-func (v *inventory) boundOf(e policy.Event) []nft.Binding {
-	if e.Pod == nil {
-		return nil
-	}
-	var out []nft.Binding
-	for _, at := range v.byPod[e.Pod.Name] {
-		out = append(out, v.bindings(at)...)
-	}
-	return out
-}
-
-// podNetworks are the destinations that are never masqueraded: every node's podCIDRs,
-// this node's, and the pools of its attachments; nested ones left out.
-func (v *inventory) podNetworks(own []netip.Prefix) []netip.Prefix {
-	all := slices.Clone(own)
-	for _, n := range v.nodes {
-		all = append(all, n.PodCIDRs...)
-	}
-	for _, a := range v.attached {
-		all = append(all, a.Pools...)
-	}
-	for i := range all {
-		all[i] = all[i].Masked()
-	}
-	slices.SortFunc(all, func(a, b netip.Prefix) int {
-		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), a.Addr().Compare(b.Addr()))
-	})
-	var out []netip.Prefix
-	taken := map[netip.Prefix]bool{}
-	for _, p := range all {
-		if !covered(p, taken) {
-			taken[p] = true
-			out = append(out, p)
-		}
-	}
-	slices.SortFunc(out, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
-	return out
-}
-
-// covered reports whether p or a prefix around it is in taken.
-func covered(p netip.Prefix, taken map[netip.Prefix]bool) bool {
-	for bits := range p.Bits() + 1 {
-		if around, err := p.Addr().Prefix(bits); err == nil && taken[around] {
-			return true
-		}
-	}
-	return false
 }
 
 // ownPodCIDRs are this node's: the configured ones, else Node.spec.podCIDRs.
