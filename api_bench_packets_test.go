@@ -61,6 +61,7 @@ type apiBench struct {
 	api                        *apiClient
 	dir                        string
 	pods, policies, namespaces int
+	local                      int // pods on the agent's node
 	process                    *benchAgent
 	sources                    int
 

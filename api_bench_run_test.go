@@ -13,9 +13,9 @@ import (
 	"github.com/nftcni/nftcni/nft"
 )
 
-const apiBenchHeader = "| pods/policies | load | start s (CPU s) | pod created -> open | pod deleted -> shut | policy created -> open | policy deleted -> shut | " +
-	"policy created -> shut | policy deleted -> open | API calls (pod, policy) | open or shut after the last API answer (pod, policy) | 100 pods: last answer -> last open | CPU ms a probed change | a pod change | a policy change | RSS (peak) MiB |\n" +
-	"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+const apiBenchHeader = "| pods/policies | load | start s (CPU s) | pod created -> open | pod deleted -> shut | pod labelled -> open | pod labelled -> shut | policy created -> open | policy deleted -> shut | " +
+	"policy created -> shut | policy deleted -> open | API calls (pod, label, policy) | open or shut after the last API answer (pod, label, policy) | 100 pods: last answer -> last open | CPU ms a probed change | a pod change | a policy change | RSS (settled, peak) MiB |\n" +
+	"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 
 // run measures and prints one row: milliseconds as p50 (max).
 func (n *apiBench) run(scale string) {
@@ -38,18 +38,21 @@ func (n *apiBench) run(scale string) {
 	for range rounds {
 		n.podRound(note)
 	}
+	n.labelRounds(rounds, note)
 	for range rounds {
 		n.policyRound(note)
 	}
-	probed := (n.process.cpu() - startCPU) / float64(6*rounds) * 1000
+	probed := (n.process.cpu() - startCPU) / float64(8*rounds) * 1000
 	burst := n.burst(100)
 	podCPU, policyCPU := n.quietChanges(100)
 	rss, peak := n.process.memory()
+	n.settle()
+	settled, _ := n.process.memory()
 	load, _ := os.ReadFile("/proc/loadavg")
-	fmt.Printf("| %s | %s | %.2f (%.2f) | %s | %s | %s | %s | %s | %s | %s, %s | %s, %s | %s | %.1f | %.1f | %.1f | %.0f (%.0f) |\n", scale, strings.Fields(string(load))[0],
-		n.process.ready.Seconds(), startCPU, milliseconds(d["pod+"]), milliseconds(d["pod-"]), milliseconds(d["allow+"]), milliseconds(d["allow-"]),
-		milliseconds(d["deny+"]), milliseconds(d["deny-"]), milliseconds(d["pod API"]), milliseconds(d["policy API"]),
-		milliseconds(d["after pod API"]), milliseconds(d["after policy API"]), milliseconds(burst), probed, podCPU, policyCPU, rss, peak)
+	fmt.Printf("| %s | %s | %.2f (%.2f) | %s | %s | %s | %s | %s | %s | %s | %s | %s, %s, %s | %s, %s, %s | %s | %.1f | %.1f | %.1f | %.0f (%.0f, %.0f) |\n", scale, strings.Fields(string(load))[0],
+		n.process.ready.Seconds(), startCPU, milliseconds(d["pod+"]), milliseconds(d["pod-"]), milliseconds(d["label+"]), milliseconds(d["label-"]), milliseconds(d["allow+"]), milliseconds(d["allow-"]),
+		milliseconds(d["deny+"]), milliseconds(d["deny-"]), milliseconds(d["pod API"]), milliseconds(d["label API"]), milliseconds(d["policy API"]),
+		milliseconds(d["after pod API"]), milliseconds(d["after label API"]), milliseconds(d["after policy API"]), milliseconds(burst), probed, podCPU, policyCPU, rss, settled, peak)
 	n.reboot()
 	if err := errors.Join(n.process.stop(), nft.Delete(context.Background(), nft.Options{})); err != nil {
 		n.b.Error(err)
@@ -85,6 +88,27 @@ func (n *apiBench) podRound(note noting) {
 	defer n.stop(f)
 	note("pod+", "pod API")(n.opened(f, func() { n.api.createPod(pod) }))
 	note("pod-", "delete API")(n.shut(f, func() { n.api.delete(n.api.core, "pods", pod.Namespace, pod.Name) }))
+}
+
+// labelRounds: a peer that is there gets the label that a policy allows, and another one.
+func (n *apiBench) labelRounds(rounds int, note noting) {
+	a := n.source()
+	pod := n.peer(a, "none")
+	n.api.createPod(pod)
+	for range rounds {
+		f := n.start(a, webAddr, false)
+		note("label+", "label API")(n.opened(f, func() { n.api.label(pod, "client") }))
+		note("label-", "label API")(n.shut(f, func() { n.api.label(pod, "none") }))
+		n.stop(f)
+	}
+	n.api.delete(n.api.core, "pods", pod.Namespace, pod.Name)
+}
+
+// settle waits until the agent has written its files and given back what that took.
+func (n *apiBench) settle() {
+	wait := time.NewTimer(40 * time.Second)
+	defer wait.Stop()
+	<-wait.C
 }
 
 // policyRound: a policy that allows one more peer, and one that isolates a pod.

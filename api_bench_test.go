@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -34,19 +35,31 @@ func BenchmarkPolicyOnly(b *testing.B) {
 	}
 	fmt.Print(apiBenchHeader)
 	for scale := range strings.FieldsSeq(os.Getenv("NFTCNI_BENCH_SCALES")) {
-		var pods, policies int
-		if _, err := fmt.Sscanf(scale, "%d/%d", &pods, &policies); err != nil {
-			b.Fatalf("scale %q: want PODS/POLICIES: %v", scale, err)
+		pods, policies, local, err := parseScale(scale)
+		if err != nil {
+			b.Fatal(err)
 		}
 		b.Run(scale, func(b *testing.B) {
 			for range b.N {
 				n := newAPIBench(b, dir, pods, policies)
+				n.local = local
 				n.fill()
 				n.run(scale)
 				n.empty()
 			}
 		})
 	}
+}
+
+// parseScale reads PODS/POLICIES or PODS/POLICIES/LOCAL; LOCAL of the pods, 100 unless
+// told, are on the agent's node.
+func parseScale(scale string) (pods, policies, local int, err error) {
+	local = 100
+	n, _ := fmt.Sscanf(scale, "%d/%d/%d", &pods, &policies, &local)
+	if n < 2 || policies < policiesPerNamespace || local < 2 || pods < local {
+		err = fmt.Errorf("scale %q: want PODS/POLICIES or PODS/POLICIES/LOCAL, as 1000/100", scale)
+	}
+	return pods, policies, local, err
 }
 
 // apiClient writes objects as fast as the API server takes them.
@@ -133,6 +146,13 @@ func (c *apiClient) delete(client rest.Interface, resource, namespace, name stri
 		Body(&metav1.DeleteOptions{GracePeriodSeconds: &now}).Do(context.Background()).Error())
 }
 
+// label gives a pod another value of the label role: one call, the commonest change of a
+// pod that runs.
+func (c *apiClient) label(p *corev1.Pod, role string) {
+	patch := fmt.Appendf(nil, `{"metadata":{"labels":{"role":%q}}}`, role)
+	c.check(c.core.Patch(types.MergePatchType).Namespace(p.Namespace).Resource("pods").Name(p.Name).Body(patch).Do(context.Background()).Error())
+}
+
 // each runs f for 0 to n-1, 16 at a time.
 func each(n int, f func(i int)) {
 	var wg sync.WaitGroup
@@ -155,10 +175,10 @@ const policiesPerNamespace = 10
 
 func benchNamespace(i int) string { return fmt.Sprintf("bench-%d", i) }
 
-// benchPod is the i-th fake pod: 100 of them are on the agent's node.
+// benchPod is the i-th fake pod: the first ones are on the agent's node.
 func (n *apiBench) benchPod(i int) *corev1.Pod {
 	node := fmt.Sprintf("other-%d", i%50)
-	if i < 98 { // and the two real ones
+	if i < n.local-2 { // and the two real ones
 		node = benchNode
 	}
 	return newBenchPod(benchNamespace(i%n.namespaces), fmt.Sprintf("pod-%d", i), node,
