@@ -64,11 +64,12 @@ func sctpConnects(h *nfttest.Host, to netip.AddrPort) bool {
 	}) == nil
 }
 
-// TestKernelSCTP: associations of real sockets obey the policy.
+// TestKernelSCTP: associations of real sockets obey the policy, by a port of the node too.
 func TestKernelSCTP(t *testing.T) {
 	w := newWorld(t)
 	sctp := put(policy.Key{Map: policy.AccessPort, X: classWeb, Protocol: policy.SCTP, First: 80}, policy.CodeAllow)
-	finish(t, w.table, apply(t, w.table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{{sctp}}}}))
+	finish(t, w.table, apply(t, w.table, nft.Change{Delta: policy.Delta{Steps: [][]policy.Op{{sctp}}}, HostPorts: []nft.HostPort{
+		hostPort(policy.SCTP, "0.0.0.0", 8080, "10.9.0.1", 80), hostPort(policy.SCTP, "::", 8080, "fd09::1", 80)}}))
 	for _, a := range []string{"10.9.0.1", "fd09::1"} {
 		sctpListen(t, w.server, at(a, 80))
 		sctpListen(t, w.server, at(a, 81))
@@ -76,5 +77,10 @@ func TestKernelSCTP(t *testing.T) {
 		want(t, "allowed client, port 81, "+a, sctpConnects(w.client, at(a, 81)), false)
 		want(t, "stranger, port 80, "+a, sctpConnects(w.stranger, at(a, 80)), false)
 		want(t, "own node, port 81, "+a, sctpConnects(&w.Host, at(a, 81)), true)
+	}
+	for _, node := range []string{"198.51.100.1", "2001:db8:1::1"} {
+		want(t, "allowed client, host port of "+node, sctpConnects(w.client, at(node, 8080)), true)
+		want(t, "stranger, host port of "+node, sctpConnects(w.stranger, at(node, 8080)), false)
+		want(t, "own node, its host port of "+node, sctpConnects(&w.Host, at(node, 8080)), true)
 	}
 }
