@@ -136,8 +136,10 @@ install_arguments() { echo "--kubeconfig /etc/nftcni/kubeconfig"; [ "$form" != p
 # containerd and kubelet are killed while pods talk.
 check_restart() {
   local n
-  [ -n "$bench" ] || has_nodes && on "$(first_node)" true || { not_run restart "no privileged pods here"; return; }
-  [ -n "$bench" ] || on "$(first_node)" systemctl is-active kubelet >/dev/null 2>&1 || { not_run restart "needs a kubelet that systemd runs"; return; }
+  if [ -z "$bench" ] && ! on "$(first_node)" systemctl is-active kubelet >/dev/null 2>&1; then
+    not_run restart "needs privileged pods, and a kubelet that systemd runs"
+    return
+  fi
   new_namespace restart
   traffic_pods restart
   under_traffic restart 5 restart_runtimes
@@ -159,14 +161,18 @@ restart_runtimes() {
   done
 }
 
-# restart_daemon NODE NAME: kills it, and starts it again with the same arguments
+# restart_daemon NODE NAME: kills it, and starts it again with the same arguments, as often as it
+# ends in its first second: a kubelet does when its runtime is not there yet
 restart_daemon() {
-  on "$1" bash -c 'pid=$(pgrep -ox "$0") || exit 0
-    mapfile -d "" args </proc/$pid/cmdline
-    kill -9 $pid
+  on "$1" bash -c 'pid=$(pgrep -ox "$0") && cp /proc/$pid/cmdline /etc/kubernetes/arguments-$0 && kill -9 $pid
     while [ -e /proc/$pid ]; do sleep 0.1; done
+    mapfile -d "" args </etc/kubernetes/arguments-$0
     exec </dev/null >>/etc/kubernetes/again.log 2>&1
-    setsid --fork "${args[@]}"' "$2"
+    for i in 1 2 3 4 5; do
+      setsid --fork "${args[@]}"
+      sleep 1
+      ! pgrep -ox "$0" || break
+    done' "$2"
 }
 
 # A node loses its power: its processes and its network namespace go, its disk stays. Nobody

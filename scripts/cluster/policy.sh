@@ -199,7 +199,7 @@ K
 # Jobs of two kinds on one node, more pods than it has addresses: each friend is let in, no stranger
 # is, whoever had its address before. backoffLimit 0: one wrong answer fails its Job.
 check_reuse() {
-  local ns=reuse count=${REUSE_PODS:-140} kind said node
+  local ns=reuse count=${REUSE_PODS:-140} kind said node again
   node=$(last_node)
   new_namespace $ns
   traffic_pods $ns
@@ -223,8 +223,12 @@ K
     check "reuse: $count pods of Job $kind" k -n $ns wait --for=condition=Complete job/$kind --timeout=400s
   done
   k -n $ns get pods -l 'app in (friend,stranger)' -o 'jsonpath={range .items[*]}{.status.podIP} {.metadata.labels.app}{"\n"}{end}' >"$work/reuse"
-  check "reuse: $(cut -d' ' -f1 "$work/reuse" | sort | uniq -d | wc -l) addresses came back, $(sort -u "$work/reuse" | cut -d' ' -f1 | uniq -d | wc -l) of them to the other Job" \
-    test "$(cut -d' ' -f1 "$work/reuse" | sort | uniq -d | wc -l)" -gt 0
+  again=$(cut -d' ' -f1 "$work/reuse" | sort | uniq -d | wc -l)
+  if [ "$again" -gt 0 ]; then
+    echo "     $again addresses came back, $(sort -u "$work/reuse" | cut -d' ' -f1 | uniq -d | wc -l) of them to the other Job"
+  else
+    not_run "reuse: an address that comes back" "$node has more addresses than $count and $count pods use up"
+  fi
   drop_namespace $ns
 }
 
