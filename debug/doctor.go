@@ -141,8 +141,8 @@ func (s *session) checkAgent(st agent.Status, err error) Finding {
 	const name = "agent"
 	switch {
 	case errors.Is(err, errNoAgent):
-		return broken(name, "does not answer: new pods cannot start; policies in force stay in force",
-			"start it (systemctl start nftcni-agent), then see journalctl -u nftcni-agent")
+		return broken(name, "does not answer: no pod can start, no change of policy arrives",
+			"start it (systemctl start nftcni-agent, or delete its pod of the DaemonSet), then see its log (journalctl -u nftcni-agent, kubectl logs)")
 	case err != nil:
 		return broken(name, err.Error(), "run as root")
 	case !st.Ready:

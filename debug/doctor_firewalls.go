@@ -14,26 +14,52 @@ import (
 // checkForeignChains names what else may drop a pod's packets.
 func checkForeignChains(ctx context.Context) []Finding {
 	const name = "other firewalls"
+	seen := map[string]bool{}
+	out := foreignChains(ctx, name, unix.NFPROTO_INET, seen)
+	if len(out) == 0 {
+		out = append(out, ok(name, "none drops what pods send or get (tables: %s)", orDash(strings.Join(sortedKeys(seen), ", "))))
+	}
+	return out
+}
+
+// foreignChains are the findings about chains of one family, or of both with NFPROTO_INET;
+// seen gets the tables there are.
+func foreignChains(ctx context.Context, name string, family uint8, seen map[string]bool) []Finding {
 	chains, err := nft.ForwardChains(ctx, nft.Options{})
 	if err != nil {
 		return []Finding{warn(name, err.Error(), "run as root on the node itself")}
 	}
 	var out []Finding
-	seen := map[string]bool{}
 	for _, c := range chains {
-		seen[nft.FamilyName(c.Family)+" "+c.Table] = true
-		out = append(out, foreignChain(name, c)...)
+		if family == unix.NFPROTO_INET || c.Family == unix.NFPROTO_INET || c.Family == family {
+			seen[nft.FamilyName(c.Family)+" "+c.Table] = true
+			out = append(out, foreignChain(name, c)...)
+		}
 	}
 	legacy, err := legacyForwards()
 	if err != nil {
 		out = append(out, warn(name, err.Error(), "run as root on the node itself"))
 	}
 	for _, c := range legacy {
-		seen[c.program] = true
-		out = append(out, legacyChain(name, c)...)
+		if family == unix.NFPROTO_INET || c.family == family {
+			seen[c.program] = true
+			out = append(out, legacyChain(name, c)...)
+		}
 	}
-	if len(out) == 0 {
-		out = append(out, ok(name, "none drops what pods send or get (tables: %s)", orDash(strings.Join(sortedKeys(seen), ", "))))
+	return out
+}
+
+// obstacles are what keeps an allowed packet of one family from arriving all the same.
+func obstacles(ctx context.Context, six bool) []string {
+	family, forwarding := uint8(unix.NFPROTO_IPV4), 0
+	if six {
+		family, forwarding = unix.NFPROTO_IPV6, 1
+	}
+	var out []string
+	for _, f := range append(foreignChains(ctx, "other firewalls", family, map[string]bool{}), checkForwarding()[forwarding]) {
+		if f.Health != Healthy {
+			out = append(out, f.Check+": "+f.Found+" (nftcni debug doctor has the remedy)")
+		}
 	}
 	return out
 }

@@ -52,7 +52,7 @@ func checkForwarding() []Finding {
 		case "":
 			out = append(out, warn(name, "the kernel has no "+f.family, "nothing to do unless pods shall have "+f.family))
 		default:
-			x := broken(name, "off: pods reach nothing beyond their node", "sysctl -w "+f.key+"=1, and keep it in /etc/sysctl.d as nftcni install does")
+			x := broken(name, "off: pods reach neither each other nor anything outside", "sysctl -w "+f.key+"=1, and keep it in /etc/sysctl.d as nftcni install does")
 			x.fix = setForwarding
 			out = append(out, x)
 		}

@@ -30,7 +30,7 @@ func (s *session) flowsCommand() *cobra.Command {
 		Short: "List new connections with the pods at both ends, verdict and policy",
 		Long: "List new connections with the pods at both ends, the verdict, and the policy that\n" +
 			"decides. The agent remembers the last 8,192. Denied packets are listed at most 10 a second\n" +
-			"for each set of policies (nftcni debug drops counts all); allowed connections are\n" +
+			"for each source and set of policies (nftcni debug drops counts all); allowed connections are\n" +
 			"sampled above 500 a second, and a note says so.",
 		Example: "  nftcni debug flows\n  nftcni debug flows -f --denied\n  nftcni debug flows --pod shop/web --last 20\n  nftcni debug flows -f -o json | jq .policy",
 		Args:    cobra.NoArgs,
@@ -136,7 +136,7 @@ func (s *session) printFlows(cmd *cobra.Command, list []agent.Flow, header bool)
 }
 
 func writeFlows(w io.Writer, list []agent.Flow, header bool) error {
-	t := &table{header: []string{"TIME", "VERDICT", "FROM", "TO", "SERVICE", "POLICY"}}
+	t := &table{header: []string{"TIME (UTC)", "VERDICT", "FROM", "TO", "SERVICE", "POLICY"}}
 	if !header {
 		t.header = make([]string, len(t.header))
 	}

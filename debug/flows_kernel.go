@@ -48,7 +48,9 @@ func (s *session) kernelFlows(ctx context.Context, snap agent.Snapshot) (agent.F
 	}
 	list, _ := denials.([]nft.Denial)
 	for _, d := range list {
-		out.Flows = append(out.Flows, n.flow(policy.Flow{Src: d.Src, Dst: d.Dst}, 0, true, ""))
+		f := n.flow(policy.Flow{Src: d.Src, Dst: d.Dst}, 0, true, "")
+		f.Policy = n.drop(d).Policies
+		out.Flows = append(out.Flows, f)
 	}
 	slices.SortFunc(out.Flows, func(a, b agent.Flow) int {
 		return cmp.Or(cmp.Compare(a.SrcPod, b.SrcPod), cmp.Compare(a.DstPod, b.DstPod), a.Src.Compare(b.Src), a.Dst.Compare(b.Dst), cmp.Compare(a.Verdict, b.Verdict))

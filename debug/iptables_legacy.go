@@ -17,6 +17,7 @@ import (
 // ip6tables-legacy, which nf_tables does not show.
 type legacyForward struct {
 	program string // iptables-legacy or ip6tables-legacy
+	family  uint8  // NFPROTO_*
 	drops   bool   // its policy is DROP
 	spares  bool   // it accepts what comes from and goes to nft+ before it drops
 	blocks  []string
@@ -113,7 +114,7 @@ func getsockopt(fd, level, option int, b []byte) error {
 func (f legacyFamily) forward(info, entries []byte) (legacyForward, error) {
 	at := func(field int) int { return int(binary.NativeEndian.Uint32(info[legacyNameSize+4+field:])) }
 	first, policy := at(4*unix.NF_INET_FORWARD), at(20+4*unix.NF_INET_FORWARD)
-	out := legacyForward{program: f.program}
+	out := legacyForward{program: f.program, family: uint8(f.domain)} // AF_* and NFPROTO_* are the same
 	var from, to bool
 	for offset, n := first, 1; offset <= policy; n++ {
 		e, err := f.entry(entries, offset)

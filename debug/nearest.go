@@ -39,14 +39,27 @@ func (g gap) and(o gap) gap { return gap{g.size + o.size, append(slices.Clone(g.
 
 func single(format string, args ...any) gap { return gap{1, []string{fmt.Sprintf(format, args...)}} }
 
+// nearestGap is up to which gap a rule is said to match almost: three labels, another
+// address block.
+const nearestGap = 3
+
 // nearest names the considered rule that needs the least to match, and what it needs.
 func (r *reasons) nearest(d policy.Decision, dir policy.Direction, f policy.Flow) string {
 	best, text := 1<<30, ""
+	dns := dir == policy.Egress && f.Port == 53 && (f.Protocol == policy.UDP || f.Protocol == policy.TCP)
 	for _, c := range d.Considered {
 		g, ok := r.gap(c, dir, f)
+		dns = dns && !(ok && c.PortMatch)
 		if ok && g.size < best {
-			best, text = g.size, fmt.Sprintf("rule %d of %s almost matches: %s", c.Rule, c.Policy, strings.Join(g.text, "; "))
+			is := "almost matches"
+			if g.size > nearestGap {
+				is = "comes nearest"
+			}
+			best, text = g.size, fmt.Sprintf("rule %d of %s %s: %s", c.Rule, c.Policy, is, strings.Join(g.text, "; "))
 		}
+	}
+	if dns {
+		text = strings.TrimPrefix(text+"; no egress rule for this pod allows DNS (UDP/53 and TCP/53), which it needs to resolve any name", "; ")
 	}
 	return text
 }
@@ -170,6 +183,20 @@ func selectorText(s policy.PodSelector) string {
 	return strings.Join(parts, ", ")
 }
 
+// portNames are the names of the ports of the pod at a.
+func (r *reasons) portNames(a netip.Addr) string {
+	var names []string
+	if p := r.oracle.Owner(a); p != nil {
+		for _, np := range p.Ports {
+			names = append(names, np.Name)
+		}
+	}
+	if names == nil {
+		return "it has none"
+	}
+	return "it has " + strings.Join(names, ", ")
+}
+
 // ports says which services the rule opens instead.
 func (r *reasons) ports(rule policy.Rule, f policy.Flow) gap {
 	if rule.Ports != nil && len(rule.Ports) == 0 {
@@ -181,7 +208,7 @@ func (r *reasons) ports(rule policy.Rule, f policy.Flow) gap {
 		opens = append(opens, portText(m))
 		same = same || m.Protocol == f.Protocol && m.Name == ""
 		if m.Name != "" && r.hasNoPort(m, f.Dst) {
-			return single("its port %q is not a port name of %s", m.Name, newNamesOf(r, f.Dst))
+			return single("its port %q is not a port name of %s (%s)", m.Name, newNamesOf(r, f.Dst), r.portNames(f.Dst))
 		}
 	}
 	size := 2

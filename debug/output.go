@@ -35,7 +35,7 @@ func (t *table) write(w io.Writer) error {
 		}
 	}
 	natural := width
-	width = fitted(width, columnsOf(w))
+	width = fitted(all, width, columnsOf(w))
 	fold := !slices.Equal(natural, width)
 	var line []byte
 	out := bufio.NewWriter(w)

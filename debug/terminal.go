@@ -46,30 +46,61 @@ func columnsOf(w io.Writer) int {
 	return 0
 }
 
-// leastColumn is the width below which a column is not folded: matrices and numbers stay
-// as they are, even where the terminal then wraps them.
-const leastColumn = 16
+// leastColumn is the width below which a column is not folded, longestWord the length up
+// to which what has no blank or comma in it stays whole: times, addresses, names.
+const (
+	leastColumn = 16
+	longestWord = 48
+)
 
 // columnGap is the blanks between two columns.
 const columnGap = 2
 
-// fitted are the widths of columns so that a line has at most so many, 0 meaning any.
-func fitted(width []int, columns int) []int {
-	width = slices.Clone(width)
+// fitted are the widths of a table's columns so that a line has at most so many characters,
+// 0 meaning any. A table that cannot be folded to that stays as wide as its words are.
+func fitted(rows [][]string, width []int, columns int) []int {
 	total := columnGap * (len(width) - 1)
 	for _, n := range width {
 		total += n
 	}
-	for columns > 0 && total > columns {
-		widest := slices.Index(width, slices.Max(width))
-		if width[widest] <= leastColumn {
+	if columns == 0 || total <= columns {
+		return width
+	}
+	width = slices.Clone(width)
+	least := leastWidths(rows, len(width))
+	for total > columns {
+		widest := -1
+		for i, n := range width {
+			if n > least[i] && (widest < 0 || n > width[widest]) {
+				widest = i
+			}
+		}
+		if widest < 0 {
 			break
 		}
-		cut := min(total-columns, max(1, width[widest]-secondWidest(width)), width[widest]-leastColumn)
+		cut := min(total-columns, max(1, width[widest]-secondWidest(width)), width[widest]-least[widest])
 		width[widest] -= cut
 		total -= cut
 	}
 	return width
+}
+
+// leastWidths are the longest words of every column.
+func leastWidths(rows [][]string, columns int) []int {
+	least := make([]int, columns)
+	for i := range least {
+		least[i] = leastColumn
+	}
+	for _, row := range rows {
+		for i, cell := range row {
+			for word := range strings.FieldsFuncSeq(cell, func(c rune) bool { return c == ' ' || c == ',' }) {
+				if n := utf8.RuneCountInString(word) + 1; n <= longestWord { // with the comma
+					least[i] = max(least[i], n)
+				}
+			}
+		}
+	}
+	return least
 }
 
 func secondWidest(width []int) int {

@@ -36,7 +36,7 @@ web-0  app=web,tier=frontend,   -
 db     app=db                   host network: its node's
                                 address
 `},
-		{"hopeless", 20, `
+		{"too narrow for the words", 20, `
 POD    LABELS            NOTE
 web-0  app=web,          -
        tier=frontend,
@@ -60,6 +60,10 @@ db     app=db            host network:
 				}
 			}
 		})
+	}
+	times := [][]string{{"2026-11-21T06:29:08Z", "shop/a-rather-long-name-of-a-pod"}}
+	if got := fitted(times, []int{20, 32}, 40); got[0] < 20 || got[1] < 32 {
+		t.Errorf("widths %v cut a time or a name", got)
 	}
 	if got := folded("sha256:0123456789abcdef", 10); strings.Join(got, "") != "sha256:0123456789abcdef" || len(got) != 3 {
 		t.Errorf("%q", got)

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/spf13/cobra"
 
@@ -92,8 +93,17 @@ func (s *session) why(ctx context.Context, args []string, api apiFlags, notice f
 		}
 		out = append(out, answers...)
 	}
+	blocked := [2]func() []string{
+		sync.OnceValue(func() []string { return obstacles(ctx, false) }),
+		sync.OnceValue(func() []string { return obstacles(ctx, true) }),
+	}
 	for i := range out {
 		out[i].Path = pathOf(ctx, out[i].flow)
+		if six := out[i].flow.Dst.Is6(); out[i].Allowed && six {
+			out[i].Path.Notes = append(out[i].Path.Notes, blocked[1]()...)
+		} else if out[i].Allowed {
+			out[i].Path.Notes = append(out[i].Path.Notes, blocked[0]()...)
+		}
 	}
 	return out, nil
 }
