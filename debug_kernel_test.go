@@ -15,10 +15,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/agent"
@@ -389,16 +391,53 @@ func testMetrics(t *testing.T) {
 			t.Errorf("/metrics lacks %s", want)
 		}
 	}
+	checkConventions(t, out)
 	if err := n.close(); err != nil {
 		t.Error(err)
 	}
-	var line struct{ Verdict, Policy string }
 	b, err := os.ReadFile("/run/flows.json")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := json.NewDecoder(bytes.NewReader(b)).Decode(&line); err != nil || line.Verdict == "" {
-		t.Errorf("flow log: %v in %q", err, b)
+	seen := map[string]bool{}
+	for line := range bytes.Lines(b) {
+		d := json.NewDecoder(bytes.NewReader(line))
+		d.DisallowUnknownFields()
+		var f agent.Flow
+		if err := d.Decode(&f); err != nil || f.Seq == 0 || f.At.IsZero() || !f.Src.IsValid() || !f.Dst.IsValid() || f.Protocol == "" {
+			t.Errorf("flow log: %v in %q", err, line)
+		}
+		seen[f.Verdict+" "+f.SrcPod+" "+f.Policy] = true
+	}
+	if !seen["denied shop/php shop/redis"] {
+		t.Errorf("the flow log lacks the denial:\n%s", b)
+	}
+}
+
+// checkConventions holds the metrics to those of Prometheus: names, units, help, and that the
+// dashboard and the alert rules ask for none but these.
+func checkConventions(t *testing.T, metrics string) {
+	t.Helper()
+	problems, err := promlint.New(strings.NewReader(metrics)).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		if strings.HasPrefix(p.Metric, "nftcni_") {
+			t.Errorf("%s: %s", p.Metric, p.Text)
+		}
+	}
+	name := regexp.MustCompile(`\bnftcni_[a-z_]+`)
+	for _, file := range []string{"deploy/grafana-dashboard.json", "deploy/alerts.yaml"} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range name.FindAllString(string(b), -1) {
+			if !strings.Contains(metrics, "\n"+m+"{") && !strings.Contains(metrics, "\n"+m+" ") {
+				t.Errorf("%s asks for %s, which a scrape does not have", file, m)
+			}
+		}
 	}
 }
 

@@ -66,6 +66,7 @@ type flowLog struct {
 	next    uint64        // sequence number of the next connection, from 1
 	changed chan struct{} // closed and replaced when one is added
 	lost    uint64
+	missed  uint64 // overwritten before a reader that followed had them
 	oneIn   uint32
 }
 
@@ -92,6 +93,12 @@ func (l *flowLog) sample(oneIn uint32) {
 	l.oneIn = oneIn
 }
 
+func (l *flowLog) drops() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.missed
+}
+
 // since copies what came after seq, at most limit.
 func (l *flowLog) since(seq uint64, limit int) (raw []rawFlow, out Flows, changed <-chan struct{}) {
 	l.mu.Lock()
@@ -109,6 +116,7 @@ func (l *flowLog) since(seq uint64, limit int) (raw []rawFlow, out Flows, change
 		}
 		first = l.next - uint64(limit)
 	}
+	l.missed += out.Missed
 	for s := first; s < l.next; s++ {
 		raw = append(raw, l.ring[s%flowRing])
 	}

@@ -52,6 +52,7 @@ func newCollector(o *observers) *collector {
 		{"denied_packets_total", "Packets denied on this node since the first scrape, by direction and the policies that select the pod.", []string{"direction", "policies"}},
 		{"table_unreadable", "1 when the kernel's table could not be read.", nil},
 		{"flow_messages_lost_total", "Messages of flows that the kernel could not deliver.", nil},
+		{"flow_ring_drops_total", "Connections overwritten in the ring before the flow log or a follower had read them.", nil},
 		{"flow_sampling", "New connections are listed one in this many.", nil},
 	} {
 		c.desc[d.name] = prometheus.NewDesc("nftcni_"+d.name, d.help, d.labels, nil)
@@ -82,6 +83,7 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	c.collectTable(ctx, gauge, counter)
 	_, flows, _ := c.o.flows.log.since(0, 1)
 	counter("flow_messages_lost_total", flows.Lost)
+	counter("flow_ring_drops_total", c.o.flows.log.drops())
 	gauge("flow_sampling", float64(flows.SampledOneIn))
 }
 

@@ -1,16 +1,21 @@
 package agent
 
 import (
+	"encoding/json"
 	"errors"
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -66,6 +71,9 @@ func TestFlowRing(t *testing.T) {
 		t.Errorf("after 5: %d flows, %d missed, next %d; want %d, 5, %d", len(raw), out.Missed, out.Next, flowRing, flowRing+10)
 	}
 	last := uint16((flowRing + 9) & 0xffff)
+	if l.drops() != 5 {
+		t.Errorf("%d drops are counted, want 5", l.drops())
+	}
 	if got := raw[len(raw)-1].clientPort; got != last {
 		t.Errorf("the newest has port %d, want %d", got, last)
 	}
@@ -102,6 +110,63 @@ func TestFlowFileRotates(t *testing.T) {
 	if want := []string{"flows.json", "flows.json.1", "flows.json.2"}; !slices.Equal(names, want) {
 		t.Errorf("files %v, want %v", names, want)
 	}
+}
+
+// TestFlowLine holds the form of a line of the flow log, which log shippers parse.
+func TestFlowLine(t *testing.T) {
+	path := t.TempDir() + "/flows.json"
+	f, err := openFlowFile(path, flowFileBytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC)
+	err = f.write([]Flow{
+		{Seq: 7, At: at, Verdict: "denied", Protocol: "TCP", Src: netip.MustParseAddrPort("10.0.0.1:40000"), Dst: netip.MustParseAddrPort("[fd00::1]:80"),
+			SrcPod: "shop/web", DstPod: "shop/db", Policy: "shop/db rule 0"},
+		{Seq: 8, At: at, Verdict: "allowed", Protocol: "ICMP", Src: netip.MustParseAddrPort("10.0.0.1:0"), Dst: netip.MustParseAddrPort("192.0.2.1:2048")},
+	})
+	if err := errors.Join(err, f.close()); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `{"seq":7,"at":"2026-01-02T03:04:05.000000006Z","verdict":"denied","src":"10.0.0.1:40000","dst":"[fd00::1]:80","protocol":"TCP",` +
+		`"srcPod":"shop/web","dstPod":"shop/db","policy":"shop/db rule 0"}
+{"seq":8,"at":"2026-01-02T03:04:05.000000006Z","verdict":"allowed","src":"10.0.0.1:0","dst":"192.0.2.1:2048","protocol":"ICMP"}
+`
+	if string(got) != want {
+		t.Errorf("the flow log holds\n%swant\n%s", got, want)
+	}
+}
+
+// TestProbes: /healthz answers as soon as the loop does, /readyz when the source's state is
+// in force, and both say so when the loop is stuck.
+func TestProbes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var o *observers
+		l, ctx := startLoop(t, newMemoryTable(), func(l *loop) { o = newObservers(l, l.log, "test") })
+		probe := func(path string, status int, text string) {
+			t.Helper()
+			w := httptest.NewRecorder()
+			o.handler().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, nil))
+			if w.Code != status || !strings.Contains(w.Body.String(), text) || !json.Valid(w.Body.Bytes()) {
+				t.Errorf("%s: %d %q, want %d with %q", path, w.Code, w.Body, status, text)
+			}
+		}
+		probe("/healthz", http.StatusOK, `"ok":true`)
+		probe("/readyz", http.StatusServiceUnavailable, errNotSynced.Error())
+		_ = l.send(ctx, l.replace(shopCluster, nil))
+		synctest.Wait()
+		probe("/readyz", http.StatusOK, `"ok":true`)
+		free := make(chan struct{})
+		_ = l.send(ctx, func(*batch) { <-free })
+		probe("/healthz", http.StatusServiceUnavailable, "does not answer")
+		probe("/readyz", http.StatusServiceUnavailable, "does not answer")
+		close(free)
+		probe("/healthz", http.StatusOK, `"ok":true`)
+	})
 }
 
 func TestSnapshotFile(t *testing.T) {
