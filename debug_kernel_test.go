@@ -125,7 +125,7 @@ func testDebug(t *testing.T) {
 	n.debug(t, "wait", "policy", "shop/nothing", "--timeout", "100ms").want(t, 1, "the agent knows no such policy")
 	n.debug(t, "matrix").want(t, 0, "shop/nodejs", "TCP/6379, UDP/6379")
 	n.debug(t, "graph").want(t, 0, "<svg")
-	n.debug(t, "doctor").want(t, 0, "forwarding", "table")
+	n.debug(t, "doctor", "--cni-conf-dir", n.path("none")).want(t, 0, "forwarding", "table")
 	n.debug(t, "bundle", "--to", n.path("bundle.tar.gz")).want(t, 0, "bundle.tar.gz")
 	if err := n.close(); err != nil {
 		t.Error(err)
