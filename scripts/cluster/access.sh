@@ -107,7 +107,7 @@ ask() { k -n "$1" exec "$2" -- curl -sf -m 3 "$3"; }
 not() { ! "$@"; }
 h() { case $1 in *:*) echo "[$1]" ;; *) echo "$1" ;; esac }
 node_names() { k get nodes -o 'jsonpath={range .items[*]}{.metadata.name}{"\n"}{end}'; }
-first_node() { node_names | head -1; }
+first_node() { node_names | sed -n 1p; } # head would end kubectl early, and so the script
 last_node() { node_names | tail -1; }
 pod_address() { k -n "$1" get pod "$2" -o 'jsonpath={.status.podIP}'; }
 new_namespace() { k create ns "$1" --dry-run=client -o yaml | k apply -f - >/dev/null; }
