@@ -11,6 +11,7 @@ import (
 // later, or never (what is not forgotten costs memory). tidy: Tidy was called last.
 func CheckBooks(e *Engine, tidy bool) error {
 	b := &books{e: e}
+	b.want(len(e.loose)+len(e.looseClasses) == 0, "%d signatures and %d classes are to be looked at", len(e.loose), len(e.looseClasses))
 	for _, c := range e.classes {
 		b.want(c.refs > 0, "class %v is remembered", c)
 	}
@@ -239,7 +240,7 @@ func (b *books) checkNumbers() {
 		identities[i.num] = struct{}{}
 		aliases[i.sig]++
 		b.want(num == i.num && members[i] == i.members && i.members > 0, "identity %x has %d members, counted %d", num, members[i], i.members)
-		b.want(!i.fresh && !i.moved && i.prev == nil, "identity %x is unfinished", num)
+		b.want(!i.moved && i.prev == nil, "identity %x is unfinished", num)
 		if i.sig == nil {
 			continue // its members came to be like all others; Tidy lets them go
 		}

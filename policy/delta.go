@@ -325,7 +325,7 @@ func (e *Engine) finish(settled bool, drops []Op) {
 		p.fresh = false
 	}
 	for _, i := range e.freshIdentities {
-		i.fresh, i.moved, i.prev = false, false, nil
+		i.moved, i.prev = false, nil
 	}
 	for r := range e.dirty {
 		if r.owner == nil && r.id == nil && r.prof == [2]*profile{} {

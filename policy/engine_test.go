@@ -249,6 +249,9 @@ func TestBooksOverManyEvents(t *testing.T) {
 	for seed := range effort(40, 100, 100, 2000) {
 		f := newFollower(seed, policytest.Options{Tiers: seed%2 == 0, Namespaces: 2, Pods: 8, Policies: 6})
 		f.flows, f.model = 4, newModel(&policy.Cluster{})
+		if seed%3 == 1 {
+			f.twin = newEngine(seed)
+		}
 		for i := range 40 {
 			if err := f.random(f.r.IntN(20)); err != nil {
 				t.Fatalf("seed %d, event %d: %v", seed, i, err)
@@ -277,8 +280,11 @@ func TestSmallClusters(t *testing.T) {
 				evs = append(evs, policy.Event{Policy: &p})
 			}
 			if i%2 == 0 {
-				p := f.g.Pod(f.r.IntN(4))
-				evs = append(evs, policy.Event{Pod: &p})
+				evs = evs[:2*f.r.IntN(3)]
+				for n := range 4 {
+					p := f.g.Pod(n)
+					evs = append(evs, policy.Event{Pod: &p})
+				}
 			}
 			d := f.e.Apply(evs...)
 			if d.Pause > 0 {

@@ -43,7 +43,6 @@ type identity struct {
 	// members come from when profiles in flight must still see that one's classes.
 	prev  *identity
 	moved bool // prev is meant (it may be nil: others)
-	fresh bool
 }
 
 func (i *identity) number() uint32 {
@@ -183,7 +182,7 @@ func (e *Engine) withoutFresh(s *signature) *signature {
 // newIdentity makes an identity with signature s, and the primary one of s
 // unless there is one.
 func (e *Engine) newIdentity(s *signature) *identity {
-	i := &identity{num: e.identityNumbers.next(), rows: map[*profile]*class{}, fresh: true}
+	i := &identity{num: e.identityNumbers.next(), rows: map[*profile]*class{}}
 	e.identities[i.num] = i
 	e.freshIdentities = append(e.freshIdentities, i)
 	e.setSignature(i, s)

@@ -50,8 +50,8 @@ type edge struct {
 	v6    bool
 	block int // index
 	atom  *atom
-	in    int // +1 or -1 for the CIDR
-	out   int // +1 or -1 for an except
+	// except: of an except of the block, not of its CIDR.
+	except, begins bool
 }
 
 // decompose sweeps over the blocks of atoms: between two neighbouring edges no block
@@ -61,9 +61,9 @@ func (e *Engine) decompose(atoms []*atom) []netRange {
 	block := 0
 	for _, a := range atoms {
 		for _, b := range a.blocks {
-			edges = appendEdges(edges, b.CIDR, edge{block: block, atom: a, in: 1})
+			edges = appendEdges(edges, b.CIDR, edge{block: block, atom: a})
 			for _, x := range b.Except {
-				edges = appendEdges(edges, x, edge{block: block, atom: a, out: 1})
+				edges = appendEdges(edges, x, edge{block: block, atom: a, except: true})
 			}
 			block++
 		}
@@ -75,8 +75,11 @@ func (e *Engine) decompose(atoms []*atom) []netRange {
 	for i := 0; i < len(edges); i++ {
 		x := edges[i]
 		was := in[x.block] > 0 && except[x.block] == 0
-		in[x.block] += x.in
-		except[x.block] += x.out
+		counts := in
+		if x.except {
+			counts = except
+		}
+		counts[x.block] += boolDelta(x.begins)
 		if is := in[x.block] > 0 && except[x.block] == 0; is != was {
 			if holds[x.atom] += boolDelta(is); holds[x.atom] == 0 {
 				delete(holds, x.atom)
@@ -108,9 +111,9 @@ func sortedAtoms(m map[*atom]int) []*atom {
 
 func appendEdges(edges []edge, p netip.Prefix, x edge) []edge {
 	p = p.Masked()
-	x.at, x.v6 = p.Addr(), p.Addr().Is6()
+	x.at, x.v6, x.begins = p.Addr(), p.Addr().Is6(), true
 	edges = append(edges, x)
-	x.at, x.in, x.out = lastAddr(p).Next(), -x.in, -x.out
+	x.at, x.begins = lastAddr(p).Next(), false
 	return append(edges, x)
 }
 

@@ -173,7 +173,10 @@ func (pl *plan) cutRanges() {
 	pl.pieces = cut(e.decompose(e.blockAtoms()), e.nets.ranges)
 	e.nets.set(pl.pieces)
 	for _, r := range e.addresses {
-		if r.id != nil && slices.ContainsFunc(e.freshAtoms, func(a *atom) bool { return a.near(r) }) {
+		if r.id == nil {
+			continue
+		}
+		if slices.ContainsFunc(e.freshAtoms, func(a *atom) bool { return a.near(r) }) {
 			e.touch(r)
 		}
 	}
@@ -184,7 +187,7 @@ func (a *atom) near(r *address) bool {
 	return slices.ContainsFunc(a.blocks, func(b *Block) bool { return b.CIDR.Contains(r.addr) })
 }
 
-func (pl *plan) move(from *identity, s *signature, m move, neutral, local bool) {
+func (pl *plan) move(from *identity, s *signature, m move, neutral bool) *moves {
 	key := moveKey{from, s}
 	g := pl.byKey[key]
 	if g == nil {
@@ -194,23 +197,22 @@ func (pl *plan) move(from *identity, s *signature, m move, neutral, local bool) 
 	}
 	g.list = append(g.list, m)
 	g.neutral = g.neutral && neutral
-	g.local = g.local || local
 	if m.a == nil && from != nil || m.element {
 		g.held++
 	}
+	return g
 }
 
 func (pl *plan) moveRanges() {
 	for i, r := range pl.pieces {
 		if r.id.signature() != r.sig {
-			pl.move(r.id, r.sig, move{piece: i, wanted: true}, pl.existing, false)
+			pl.move(r.id, r.sig, move{piece: i, wanted: true}, pl.existing)
 		}
 	}
 }
 
 func (pl *plan) moveAddresses() {
 	e := pl.e
-	fresh := len(e.freshAtoms) > 0 || len(e.freshNames) > 0
 	for _, r := range sortedAddresses(e.dirty) {
 		was := e.dirty[r]
 		if was.owner != nil && r.owner != nil && (was.owner.Name != r.owner.Name || was.owner.UID != r.owner.UID) {
@@ -233,10 +235,11 @@ func (pl *plan) moveAddresses() {
 		}
 		e.untidy = e.untidy || !m.wanted
 		neutral := false
-		if fresh && pl.existing && full != nil {
+		if pl.existing && full != nil {
 			was, _ := e.sign(r, false)
 			neutral = was == from.signature()
 		}
-		pl.move(from, full, m, neutral, was.local && r.local)
+		g := pl.move(from, full, m, neutral)
+		g.local = g.local || was.local && r.local
 	}
 }
