@@ -212,53 +212,6 @@ func (t *Table) File() (*os.File, error) {
 // Port is the netlink port of the table's commits, for Options.Port of Watch.
 func (t *Table) Port() uint32 { return t.conn.port }
 
-// State reads the table back from the kernel. Later changes are differences from it. Elements that a Finish still
-// owed will delete are not part of it.
-func (t *Table) State(ctx context.Context) (State, error) {
-	s, err := t.readState(ctx)
-	if err != nil {
-		return State{}, fmt.Errorf("read table inet %s: %w", TableName, err)
-	}
-	for k := range t.dropping {
-		delete(s.Tables, k)
-	}
-	t.remember(s)
-	t.stale = t.stale || s.Epoch != t.epoch
-	return s, nil
-}
-
-// load fills what Apply compares with.
-func (t *Table) load(ctx context.Context) error {
-	s, err := t.readBindings(ctx)
-	if err != nil {
-		return err
-	}
-	t.remember(s)
-	if t.epoch, t.again, err = t.readEpoch(); err != nil {
-		return err
-	}
-	if t.epoch == 0 {
-		err = t.replaceEpoch()
-	}
-	t.stale = err != nil
-	return err
-}
-
-func (t *Table) remember(s State) {
-	t.bound, t.networks, t.tunnels = map[bindingKey]Binding{}, map[netip.Prefix]bool{}, s.Tunnels.keys()
-	for _, b := range s.Bindings {
-		t.bound[b.key()] = b
-	}
-	for _, p := range s.PodNetworks {
-		t.networks[p] = true
-	}
-	t.toHost = s.PodToHost
-	t.ports = map[hostPortKey]HostPort{}
-	for _, p := range s.HostPorts {
-		t.ports[p.key()] = p
-	}
-}
-
 // Lookup reads one element from the kernel. For NetID the range that holds k.Addr is meant, for AccessRange the one
 // that holds k.First.
 func (t *Table) Lookup(ctx context.Context, k policy.Key) (value uint32, found bool, err error) {
