@@ -170,8 +170,8 @@ func (n *demoNode) withLog(err error) error {
 }
 
 // attach makes a pod's network namespace and adds it to the network as a container
-// runtime would.
-func (n *demoNode) attach(ctx context.Context, network *libcni.NetworkConfigList, namespace, pod string) (*endpoint, error) {
+// runtime would, with more of CNI_ARGS than the pod's name where there are any.
+func (n *demoNode) attach(ctx context.Context, network *libcni.NetworkConfigList, namespace, pod string, args ...[2]string) (*endpoint, error) {
 	fd, err := newNetNS()
 	if err != nil {
 		return nil, err
@@ -179,7 +179,7 @@ func (n *demoNode) attach(ctx context.Context, network *libcni.NetworkConfigList
 	name := namespace + "/" + pod
 	rt := &libcni.RuntimeConf{
 		ContainerID: "demo-" + namespace + "-" + pod, NetNS: netnsPath(fd), IfName: "eth0",
-		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", namespace}, {"K8S_POD_NAME", pod}},
+		Args: append([][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", namespace}, {"K8S_POD_NAME", pod}}, args...),
 	}
 	result, err := n.plugin.AddNetworkList(ctx, network, rt)
 	if err != nil {

@@ -25,6 +25,7 @@ type fakeAPI struct {
 	log     []apiChange
 	patched map[string]int // by name
 	closed  bool
+	down    bool // answers 503
 }
 
 // object is one in JSON. What is stored is never changed.
@@ -93,6 +94,29 @@ func (a *fakeAPI) store(resource, namespace, name string, o object) {
 	a.note(resource, kind, o)
 }
 
+// putMirror lists a static pod.
+func (a *fakeAPI) putMirror(namespace, name, uid string, labels map[string]string) {
+	a.store("pods", namespace, name, object{
+		"metadata": map[string]any{"namespace": namespace, "name": name, "labels": labels, "uid": apiUID(name),
+			"annotations": map[string]string{"kubernetes.io/config.hash": uid, "kubernetes.io/config.mirror": uid}},
+		"spec": rawJSON(`{"nodeName": "demo", "containers": [{"name": "main"}]}`), "status": rawJSON(`{"phase": "Running"}`),
+	})
+}
+
+// setDown ends every watch and refuses everything, or serves again.
+func (a *fakeAPI) setDown(down bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.down = down
+	a.changed.Broadcast()
+}
+
+func (a *fakeAPI) isDown() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.down
+}
+
 func (a *fakeAPI) remove(resource, namespace, name string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -127,6 +151,9 @@ func (a *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	last := parts[len(parts)-1]
 	q := r.URL.Query()
 	switch {
+	case a.isDown():
+		w.WriteHeader(http.StatusServiceUnavailable)
+		fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"ServiceUnavailable","message":"down","code":503}`)
 	case r.Method == http.MethodPatch:
 		a.patch(w, r, parts[2:])
 	case r.Method == http.MethodPost:
@@ -170,10 +197,10 @@ func (a *fakeAPI) watch(w http.ResponseWriter, r *http.Request, resource string,
 	w.(http.Flusher).Flush()
 	for at := 0; ; {
 		a.mu.Lock()
-		for at == len(a.log) && !a.closed && r.Context().Err() == nil {
+		for at == len(a.log) && !a.closed && !a.down && r.Context().Err() == nil {
 			a.changed.Wait()
 		}
-		news, over := a.log[at:], a.closed || r.Context().Err() != nil
+		news, over := a.log[at:], a.closed || a.down || r.Context().Err() != nil
 		at = len(a.log)
 		a.mu.Unlock()
 		if over {
