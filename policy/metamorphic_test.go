@@ -409,3 +409,111 @@ func TestNamesOfOneNumber(t *testing.T) {
 		}
 	}
 }
+
+// TestWhatRevokes: established flows are judged again when one may have lost its
+// permission, and only then.
+func TestWhatRevokes(t *testing.T) {
+	s := policytest.Shape{Pods: 6, Namespaces: 1, Local: 3}
+	app := func(v string) policy.Selector {
+		return policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{v}}}}
+	}
+	from := func(v string) policy.Rule {
+		return policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{Pods: app(v)}}}}
+	}
+	relabelled := func(i int, v string) *policy.Pod {
+		p := s.Pod(i)
+		p.Labels = policy.MakeLabels(map[string]string{"app": v})
+		return &p
+	}
+	other := s.Pod(4)
+	other.UID = "other"
+	none := networkPolicy("ns0", "p", policy.Selector{}, policy.Ingress, from("app1"))
+	wider := networkPolicy("ns0", "p", policy.Selector{}, policy.Ingress, from("app1"), from("app2"))
+	local := s.Pod(0)
+	for _, tc := range []struct {
+		name     string
+		policies []policy.Policy
+		ev       policy.Event
+		want     bool
+	}{
+		{"a local pod goes", []policy.Policy{none}, policy.Event{Pod: &local, Delete: true}, true},
+		{"a remote pod becomes a peer", []policy.Policy{none}, policy.Event{Pod: relabelled(5, "app1")}, false},
+		{"a remote pod is a peer no more", []policy.Policy{none}, policy.Event{Pod: relabelled(1, "app9")}, true},
+		{"a rule more", []policy.Policy{none}, policy.Event{Policy: &wider}, false},
+		{"a rule less", []policy.Policy{wider}, policy.Event{Policy: &none}, true},
+		{"isolation", nil, policy.Event{Policy: &none}, true},
+		{"its end", []policy.Policy{none}, policy.Event{Policy: &none, Delete: true}, false},
+		{"an address reused", []policy.Policy{none}, policy.Event{Pod: &other}, true},
+		{"an address reused without a policy", nil, policy.Event{Pod: &other}, false},
+	} {
+		c := s.Cluster()
+		c.Policies = tc.policies
+		e := policy.NewEngine("here")
+		e.Replace(c)
+		if d := e.Apply(tc.ev); d.Revokes != tc.want {
+			t.Errorf("%s: revokes %v", tc.name, d.Revokes)
+		}
+	}
+}
+
+// TestSplitsMoveTheFewer: what a new rule tells apart moves the smaller part of a class.
+func TestSplitsMoveTheFewer(t *testing.T) {
+	s := policytest.Shape{Pods: 40, Namespaces: 1, Local: 1}
+	c := s.Cluster()
+	for i := range c.Pods {
+		if i > 4 {
+			c.Pods[i].Ports = []policy.NamedPort{{Name: "http", Protocol: policy.TCP, Port: 80}}
+		}
+		if i > 10 {
+			c.Pods[i].Labels = policy.MakeLabels(map[string]string{"team": "red"})
+		}
+	}
+	everyone := []policy.Peer{{Pods: &policy.PodSelector{}}}
+	block := func(cidr string) []policy.Peer {
+		return []policy.Peer{{Block: &policy.Block{CIDR: netip.MustParsePrefix(cidr)}}}
+	}
+	red := []policy.Peer{{Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "team", Values: []string{"red"}}}}}}}
+	c.Policies = []policy.Policy{networkPolicy("ns0", "everyone", policy.Selector{}, policy.Ingress, policy.Rule{Peers: everyone})}
+	for _, tc := range []struct {
+		name string
+		rule policy.Rule
+		max  int // elements of addresses and ranges, a change is two
+	}{
+		{"a name that most have", policy.Rule{Peers: everyone, Ports: []policy.PortMatch{{Protocol: policy.TCP, Name: "http"}}}, 10},
+		{"any address, a name that most have", policy.Rule{Ports: []policy.PortMatch{{Protocol: policy.TCP, Name: "http"}}}, 10},
+		{"labels that most have", policy.Rule{Peers: red}, 22},
+		{"a block that most are in", policy.Rule{Peers: block("10.0.0.0/24")}, 1},
+		{"a block that few are in", policy.Rule{Peers: block("10.0.0.8/29")}, 17},
+		{"a block that none is in", policy.Rule{Peers: block("10.9.0.0/24")}, 1},
+	} {
+		f := newFollower(1, policytest.Options{})
+		f.flows = 0
+		if err := f.follow(f.e.Replace(c)); err != nil {
+			t.Fatal(err)
+		}
+		p := networkPolicy("ns0", "split", policy.Selector{}, policy.Egress, tc.rule)
+		local := c.Pods[0]
+		local.Node = policytest.Node(0)
+		if err := f.follow(f.e.Apply(policy.Event{Pod: &local})); err != nil {
+			t.Fatal(err)
+		}
+		d := f.e.Apply(policy.Event{Policy: &p})
+		n := 0
+		for _, step := range d.Steps {
+			for _, op := range step {
+				if op.Map == policy.PodID || op.Map == policy.NetID {
+					n++
+				}
+			}
+		}
+		if n > tc.max {
+			t.Errorf("%s: %d elements, want at most %d", tc.name, n, tc.max)
+		}
+		if err := f.follow(d); err != nil {
+			t.Fatalf("%s: %v", tc.name, err)
+		}
+		if err := f.compare(); err != nil {
+			t.Fatalf("%s: %v", tc.name, err)
+		}
+	}
+}

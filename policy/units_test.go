@@ -406,3 +406,101 @@ func TestRangesThatReplaceEachOther(t *testing.T) {
 		}
 	}
 }
+
+func TestOpposition(t *testing.T) {
+	for _, tc := range []struct {
+		closes, opens [2]bool
+		want          bool
+	}{
+		{[2]bool{true, true}, [2]bool{}, false},
+		{[2]bool{}, [2]bool{true, true}, false},
+		{[2]bool{true, false}, [2]bool{true, false}, false},
+		{[2]bool{false, true}, [2]bool{false, true}, false},
+		{[2]bool{true, false}, [2]bool{false, true}, true},
+		{[2]bool{false, true}, [2]bool{true, false}, true},
+	} {
+		if got := (opposition{tc.closes, tc.opens}).any(); got != tc.want {
+			t.Errorf("closes %v, opens %v: %v", tc.closes, tc.opens, got)
+		}
+		var o opposition
+		for range 2 {
+			for _, d := range Directions {
+				o.note(d, tc.closes[d], tc.opens[d])
+				o.note(d, false, false)
+			}
+		}
+		if want := (opposition{tc.closes, tc.opens}); o != want {
+			t.Errorf("noted %+v, want %+v", o, want)
+		}
+	}
+}
+
+// TestProfilesAreShared: pods that the same policies select have one profile, for egress
+// whatever their own ports are, for ingress when the names mean the same.
+func TestProfilesAreShared(t *testing.T) {
+	e := sample()
+	for i, ports := range [][]NamedPort{{{"http", TCP, 80}}, {{"http", TCP, 81}}, {{"other", TCP, 80}}, nil} {
+		e.Apply(Event{Pod: &Pod{Name: Name{"ns", fmt.Sprint("local", i)}, Node: "here", Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 1, byte(i)})}, Ports: ports}})
+	}
+	count := func() (n [2]int) {
+		for _, p := range e.profiles {
+			n[p.dir]++
+		}
+		return n
+	}
+	if n := count(); n != [2]int{1, 1} {
+		t.Errorf("%v profiles, want one a direction", n)
+	}
+	named := Policy{ID: PolicyID{"NetworkPolicy", Name{"ns", "named"}}, Tier: TierNamespaced, Isolates: true, Subject: PodSelector{Namespace: "ns"}, Applies: [2]bool{true, false}}
+	named.Rules[Ingress] = []Rule{{Ports: []PortMatch{{TCP, 0, 0, "http"}}}}
+	e.Apply(Event{Policy: &named})
+	if n := count(); n != [2]int{3, 1} {
+		t.Errorf("%v profiles, want 80, 81 and none for ingress", n)
+	}
+}
+
+// TestPolicyChangesInPart: a direction keeps its profile only when nothing of it changes.
+func TestPolicyChangesInPart(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		change func(*Policy)
+		kept   [2]bool
+	}{
+		{"generation", func(p *Policy) { p.Generation++ }, [2]bool{true, true}},
+		{"tier", func(p *Policy) { p.Tier = TierAdmin }, [2]bool{}},
+		{"order", func(p *Policy) { p.Order = 5 }, [2]bool{}},
+		{"isolates", func(p *Policy) { p.Isolates = false }, [2]bool{}},
+		{"ingress rules", func(p *Policy) { p.Rules[Ingress] = nil }, [2]bool{false, true}},
+		{"egress rules", func(p *Policy) { p.Rules[Egress] = nil }, [2]bool{true, false}},
+		{"directions", func(p *Policy) { p.Applies[Egress] = false }, [2]bool{true, false}},
+	} {
+		e := sample()
+		p := Policy{ID: PolicyID{"NetworkPolicy", Name{"ns", "a"}}, Tier: TierNamespaced, Isolates: true, Subject: PodSelector{Namespace: "ns"}, Applies: [2]bool{true, true}}
+		p.Rules = [2][]Rule{{{Ports: []PortMatch{{TCP, 1, 1, ""}}}}, {{Ports: []PortMatch{{TCP, 2, 2, ""}}}}}
+		e.Apply(Event{Policy: &p})
+		profiles := func() (n [2]uint32) {
+			for r := range e.locals {
+				for _, d := range Directions {
+					n[d] = r.prof[d].num
+				}
+			}
+			return n
+		}
+		was := profiles()
+		q := p // what was handed over is the engine's
+		tc.change(&q)
+		e.Apply(Event{Policy: &q})
+		is := profiles()
+		for _, d := range Directions {
+			if (was[d] == is[d]) != tc.kept[d] {
+				t.Errorf("%s: %s profile %x to %x", tc.name, d, was[d], is[d])
+			}
+		}
+		if want := Compile(e.Cluster(), "here").Tables; Canonical(want) != Canonical(e.Tables()) {
+			e.Tidy()
+			if Canonical(want) != Canonical(e.Tables()) {
+				t.Errorf("%s: tables differ from those made from scratch", tc.name)
+			}
+		}
+	}
+}
