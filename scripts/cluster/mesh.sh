@@ -100,7 +100,7 @@ mesh_uplink() {
   done
 }
 
-# A node leaves, and comes back as it was.
+# A node leaves, and comes back as it was, with a token of its own as any node that joins.
 mesh_node_leaves() {
   local n first
   n=$(last_node) first=$(first_node)
@@ -108,6 +108,8 @@ mesh_node_leaves() {
   k delete node "$n" --wait=true >/dev/null
   check "mesh $1: nobody knows a node that left" within 2 mesh_forgot "$first" "$work/node.json"
   k create -f "$work/node.json" >/dev/null
+  # The old token was bound to the Node object that is gone.
+  k -n kube-system create token nftcni --bound-object-kind Node --bound-object-name "$n" --duration 24h | on "$n" sh -c 'cat >/etc/nftcni/token'
   check "mesh $1: it came back" within 20 mesh_pairs
 }
 
@@ -125,7 +127,7 @@ mesh_node_moves() {
   n=$(last_node) first=$(first_node)
   a=$(node_address "$n")
   case $a in *:*) a=${a%:*}:f3 on_link=/64 ;; *) a=${a%.*}.213 on_link=/24 ;; esac
-  on "$n" ip addr add "$a$on_link" dev eth0
+  on "$n" ip addr replace "$a$on_link" dev eth0
   mesh_configure "$n" "{mode: $1, nodeAddresses: [\"$a\"]}"
   check "mesh $1: the node says where to send to" within 5 mesh_says "$n" "$a"
   check "mesh $1: the others send there" within 5 mesh_sends "$first" "$n" "$a"
