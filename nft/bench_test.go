@@ -3,7 +3,9 @@ package nft_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -115,4 +117,34 @@ func percentiles(b *testing.B, took []time.Duration) {
 	at := func(p int) float64 { return float64(took[len(took)*p/100].Nanoseconds()) / 1000 }
 	b.ReportMetric(at(50), "p50-us")
 	b.ReportMetric(at(99), "p99-us")
+}
+
+// BenchmarkHostPort is what a pod's host port adds to a change: coming, and going with the grace period's work left out.
+// UDP reads conntrack's table, whose size the run prints.
+func BenchmarkHostPort(b *testing.B) {
+	for _, p := range []policy.Protocol{policy.TCP, policy.UDP} {
+		b.Run(p.String(), func(b *testing.B) {
+			table := benchTable(b, 1000)
+			port := hostPort(p, "0.0.0.0", 8080, "10.0.0.1", 80)
+			var took []time.Duration
+			for i := range b.N {
+				c := nft.Change{HostPorts: []nft.HostPort{port}}
+				if i%2 == 1 {
+					c.HostPorts = []nft.HostPort{}
+				}
+				r, err := table.Apply(context.Background(), c)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if i%2 == 0 {
+					took = append(took, r.Took)
+				}
+			}
+			b.StopTimer()
+			percentiles(b, took)
+			if n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_buckets"); err == nil {
+				b.Logf("%s buckets", strings.TrimSpace(string(n)))
+			}
+		})
+	}
 }
