@@ -14,6 +14,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
@@ -257,30 +258,37 @@ func TestClusterMirrorPod(t *testing.T) {
 }
 
 // TestClusterCannotHonour: an object of a newer API is in force in part, and a
-// Kubernetes Event says so.
+// Kubernetes Event on it says so.
 func TestClusterCannotHonour(t *testing.T) {
-	api := newAPIServer(t, true)
-	p := apiPolicy("a", "q", 1)
-	p.Spec.Ingress = []networkingv1.NetworkPolicyIngressRule{{From: []networkingv1.NetworkPolicyPeer{{}}}}
-	api.put(p)
-	sink := newMirrorSink()
-	start(t, api.source(t), sink)
-	sink.await(t, "the problem", func(_ map[objectKey]policy.Event, problems []Problem) bool {
-		return len(problems) == 1 && problems[0].Field == "spec.ingress[0].from[0]"
-	})
-	api.mu.Lock()
-	for len(api.events) == 0 {
-		api.changed.Wait()
+	q, p := apiPolicy("a", "q", 1), apiPod("a", "p", "n1", "10.0.0.300")
+	q.Spec.Ingress = []networkingv1.NetworkPolicyIngressRule{{From: []networkingv1.NetworkPolicyPeer{{}}}}
+	for _, tt := range []struct {
+		object               metav1.Object
+		kind, field, message string
+	}{
+		{q, "NetworkPolicy", "spec.ingress[0].from[0]", "must specify a peer"},
+		{p, "Pod", "status.podIPs[0].ip", "not an IP address"},
+	} {
+		t.Run(tt.kind, func(t *testing.T) {
+			api := newAPIServer(t, true)
+			api.put(tt.object)
+			sink := newMirrorSink()
+			start(t, api.source(t), sink)
+			sink.await(t, "the problem", func(_ map[objectKey]policy.Event, problems []Problem) bool {
+				return len(problems) == 1 && problems[0].Field == tt.field
+			})
+			api.mu.Lock()
+			for len(api.events) == 0 {
+				api.changed.Wait()
+			}
+			e := api.events[0]
+			api.mu.Unlock()
+			o := e.InvolvedObject
+			if o.Name != tt.object.GetName() || o.Kind != tt.kind || e.Type != "Warning" || !strings.Contains(e.Message, tt.message) || e.Source.Host != "n1" {
+				t.Errorf("event %+v", e)
+			}
+		})
 	}
-	e := api.events[0]
-	api.mu.Unlock()
-	if e.InvolvedObject.Name != "q" || e.InvolvedObject.Kind != "NetworkPolicy" || e.Type != "Warning" || !strings.Contains(e.Message, "must specify a peer") || e.Source.Host != "n1" {
-		t.Errorf("event %+v", e)
-	}
-	p = p.DeepCopy()
-	p.Spec.Ingress[0].From, p.Generation = nil, 2
-	api.put(p)
-	sink.await(t, "no problem", func(_ map[objectKey]policy.Event, problems []Problem) bool { return len(problems) == 0 })
 }
 
 func TestNewClusterErrors(t *testing.T) {

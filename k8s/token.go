@@ -31,8 +31,10 @@ type tokenClaims struct {
 	} `json:"kubernetes.io"`
 }
 
-// due is when the kubelet would renew a token too: after 80% of its life.
-func (t tokenClaims) due() time.Time { return time.Unix(t.Issued+(t.Expires-t.Issued)*4/5, 0) }
+// life is how long a token is used: the kubelet too renews one after 80% of its life.
+func (t tokenClaims) life() time.Duration {
+	return time.Duration(t.Expires-t.Issued) * time.Second * 4 / 5
+}
 
 // maxTokenFile bounds what is read of a token file, in bytes.
 const maxTokenFile = 64 << 10
@@ -68,8 +70,16 @@ func readClaims(path string) (tokenClaims, error) {
 // reads the file again by itself.
 func (c *Cluster) keepToken(ctx context.Context) {
 	said := ""
+	var issued int64
+	seen := time.Now()
+	age := func(of int64) time.Duration {
+		if of != issued {
+			issued, seen = of, time.Now()
+		}
+		return time.Since(seen)
+	}
 	for {
-		wait, err := c.renewToken(ctx, time.Now())
+		wait, err := c.renewToken(ctx, time.Now(), age)
 		if err != nil {
 			wait = time.Minute
 			if err.Error() != said && ctx.Err() == nil {
@@ -87,9 +97,11 @@ func (c *Cluster) keepToken(ctx context.Context) {
 	}
 }
 
-// renewToken replaces the token if it is due at now, and returns when to look again: at most an
-// hour later, because the file may be replaced by hand.
-func (c *Cluster) renewToken(ctx context.Context, now time.Time) (time.Duration, error) {
+// renewToken replaces the token if it is due, by the clock (now) or because it is known long
+// enough: age tells for how long, of the token issued at that Unix time, and does not follow
+// a clock that is set back. It returns when to look again: at most an hour later, because
+// the file may be replaced by hand.
+func (c *Cluster) renewToken(ctx context.Context, now time.Time, age func(issued int64) time.Duration) (time.Duration, error) {
 	path := c.clients.tokenFile
 	claims, err := readClaims(path)
 	if err != nil {
@@ -99,7 +111,8 @@ func (c *Cluster) renewToken(ctx context.Context, now time.Time) (time.Duration,
 	if k.Node == nil || k.Pod != nil || claims.Expires == 0 {
 		return time.Hour, nil
 	}
-	if wait := claims.due().Sub(now); wait > 0 {
+	wait := min(time.Unix(claims.Issued, 0).Add(claims.life()).Sub(now), claims.life()-age(claims.Issued))
+	if wait > 0 {
 		return min(wait, time.Hour), nil
 	}
 	token, err := c.requestToken(ctx, claims)

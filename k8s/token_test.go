@@ -69,28 +69,32 @@ func TestRenewToken(t *testing.T) {
 		`{"boundObjectRef":{"apiVersion":"v1","kind":"Node","name":"n1","uid":"u1"},"expirationSeconds":6000}`
 	for _, row := range []struct {
 		name, held string
+		age        time.Duration // for how long the process has known it
 		answer     func() (int, string)
 		asked      []string
 		wait       time.Duration
 		err        string
 	}{
-		{"due", token(old, old.Add(100*time.Minute), boundToNode), good, []string{request}, time.Minute, ""},
-		{"not yet", token(young, young.Add(100*time.Minute), boundToNode), good, nil, time.Minute, ""},
-		{"bound to a pod: the kubelet's", token(old, old.Add(100*time.Minute), `,"pod":{"name":"p"}`+boundToNode), good, nil, time.Hour, ""},
-		{"bound to nothing", token(old, old.Add(100*time.Minute), ""), good, nil, time.Hour, ""},
-		{"refused", token(old, old.Add(100*time.Minute), boundToNode),
+		{"due", token(old, old.Add(100*time.Minute), boundToNode), 0, good, []string{request}, time.Minute, ""},
+		{"not yet", token(young, young.Add(100*time.Minute), boundToNode), 0, good, nil, time.Minute, ""},
+		{"bound to a pod: the kubelet's", token(old, old.Add(100*time.Minute), `,"pod":{"name":"p"}`+boundToNode), 0, good, nil, time.Hour, ""},
+		{"bound to nothing", token(old, old.Add(100*time.Minute), ""), 0, good, nil, time.Hour, ""},
+		{"refused", token(old, old.Add(100*time.Minute), boundToNode), 0,
 			func() (int, string) { return http.StatusForbidden, `{}` }, []string{request}, 0, "bound to node n1"},
-		{"empty answer", token(old, old.Add(100*time.Minute), boundToNode),
+		{"empty answer", token(old, old.Add(100*time.Minute), boundToNode), 0,
 			func() (int, string) { return http.StatusCreated, `{}` }, []string{request}, 0, "holds no token"},
-		{"no token", "secret", good, nil, 0, "holds no JSON web token"},
-		{"hostile token", "a.!!!.c", good, nil, 0, "decode token"},
+		{"no token", "secret", 0, good, nil, 0, "holds no JSON web token"},
+		{"hostile token", "a.!!!.c", 0, good, nil, 0, "decode token"},
+		{"clock set back a year", token(now.Add(365*24*time.Hour), now.Add(365*24*time.Hour+100*time.Minute), boundToNode), 81 * time.Minute, good, []string{request}, time.Minute, ""},
+		{"clock set back, the token is young", token(now.Add(365*24*time.Hour), now.Add(365*24*time.Hour+100*time.Minute), boundToNode), 30 * time.Minute, good, nil, 50 * time.Minute, ""},
+		{"clock set forward a year", token(now.Add(-365*24*time.Hour), now.Add(-365*24*time.Hour+100*time.Minute), boundToNode), 0, good, []string{request}, time.Minute, ""},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			c, file, asked := tokenServer(t, row.answer)
 			if err := os.WriteFile(file, []byte(row.held), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			wait, err := c.renewToken(t.Context(), now)
+			wait, err := c.renewToken(t.Context(), now, func(int64) time.Duration { return row.age })
 			if wait != row.wait || (err == nil) != (row.err == "") || err != nil && !strings.Contains(err.Error(), row.err) {
 				t.Errorf("renewToken = %v, %v; want %v, error with %q", wait, err, row.wait, row.err)
 			}
