@@ -65,6 +65,17 @@ bench_down() {
   rm -rf "$work"
 }
 
+# bench_sound: each node still has folders of its own; whoever removes such a folder on this machine
+# takes what is mounted on it along, in every node
+bench_sound() {
+  local n d
+  for n in $(node_names); do
+    for d in $private_dirs; do
+      on "$n" mountpoint -q "$d" || { echo "$d of $n is no longer its own: somebody removed $d on this machine"; return 1; }
+    done
+  done
+}
+
 # built: the binary to test in $work; NFTCNI_BINARY is one that was built before
 built() { if [ -n "${NFTCNI_BINARY:-}" ]; then cp "$NFTCNI_BINARY" "$work/nftcni"; else build "$work/nftcni"; fi; }
 

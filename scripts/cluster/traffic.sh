@@ -60,10 +60,10 @@ udp() {
   echo "$got $sent" >/tmp/udp.new; mv /tmp/udp.new /tmp/udp
 }
 tcp() {
-  local sent=0 got=0
+  local sent=0 got=0 said began
   while going; do
-    sent=$((sent + 1))
-    if nc -z -w "$2" "$1" 80; then got=$((got + 1)); fi
+    sent=$((sent + 1)) began=$EPOCHREALTIME
+    if said=$(nc -v -z -w "$2" "$1" 80 2>&1); then got=$((got + 1)); else echo "$began to $EPOCHREALTIME: $said" >>/tmp/failed; fi
   done
   echo "$got $sent" >/tmp/tcp.new; mv /tmp/tcp.new /tmp/tcp
 }
@@ -88,6 +88,7 @@ under_traffic() {
       read -r got sent < <(within 60 k -n "$ns" exec $pod -- cat /tmp/$kind) || got=none sent=0
       if [ $pod = friend ]; then
         check "$ns: $kind of friend: $got of $sent answered" test "$got" = "$sent" -a "$sent" -gt 20
+        [ "$got" = "$sent" ] || k -n "$ns" exec $pod -- cat /tmp/failed | sed 's/^/     /' || true
       else
         check "$ns: $kind of $pod, which is denied: $got of $sent answered" test "$got" = 0 -a "$sent" -gt 5
       fi
@@ -96,4 +97,4 @@ under_traffic() {
 }
 
 # client NAMESPACE POD SECONDS-FOR-UDP SECONDS-FOR-TCP
-client() { k -n "$1" exec -i "$2" -- bash -c 'cat >/tmp/client; rm -f /tmp/stop /tmp/udp /tmp/tcp /tmp/never; setsid bash /tmp/client "$@" </dev/null >/dev/null 2>&1 &' - "$server" "$3" "$4" <<<"$traffic_client"; }
+client() { k -n "$1" exec -i "$2" -- bash -c 'cat >/tmp/client; rm -f /tmp/stop /tmp/udp /tmp/tcp /tmp/never /tmp/failed; setsid bash /tmp/client "$@" </dev/null >/dev/null 2>&1 &' - "$server" "$3" "$4" <<<"$traffic_client"; }
