@@ -261,6 +261,8 @@ var secrets = []struct {
 }{
 	{[]string{"password", "passwd", "secret", "token", "apikey", "api-key", "privatekey", "private-key"},
 		regexp.MustCompile(`(?i)("?[\w.\-/]*(?:password|passwd|secret|token|apikey|api-key|private-?key)[\w.\-]*"?\s*[:=]\s*"?)[^\s",}]+`)},
+	{[]string{"key-data", "certificate-data"}, regexp.MustCompile(`(?i)("?[\w\-]*(?:key|certificate)-data"?\s*[:=]\s*"?)[^\s",}]+`)}, // a kubeconfig's
+	{[]string{"eyj"}, regexp.MustCompile(`()\beyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]+`)},                                                     // JSON web tokens (RFC 7519)
 	{[]string{"bearer"}, regexp.MustCompile(`(?i)(bearer\s+)[\w.\-+/=]{8,}`)},
 	{[]string{"-----begin"}, regexp.MustCompile(`()-----BEGIN [A-Z ]*KEY-----[^-]*-----END [A-Z ]*KEY-----`)},
 	{[]string{"="}, regexp.MustCompile(`(\W)[A-Za-z0-9+/]{43}=`)},

@@ -92,19 +92,21 @@ func leaseDrift(name string, rows []LeaseRow, list []cni.Attachment) []Finding {
 			}
 		}
 	}
-	var out []Finding
-	add := func(list []string, make func(check, found, remedy string) Finding, what, remedy string) {
-		if len(list) > 0 {
-			out = append(out, make(name, plural(len(list), "address")+" "+what+": "+firstOf(list, 5), remedy))
-		}
+	return slices.Concat(
+		drifted(gone, warn, name, "leased to network namespaces that are gone",
+			"the agent releases them within seconds when it runs; else the runtime's CNI GC does (nftcni debug ipam lists them)"),
+		drifted(unattached, warn, name, "leased without an attachment of this node",
+			"right while a pod is being made, or for another plugin that delegates to nftcni-ipam; else delete the pod (nftcni debug ipam says which)"),
+		drifted(unleased, broken, name, "used by pods but not leased, so another pod may get them", "restart these pods"),
+		drifted(twice, broken, name, "held by two pods", "restart both pods"))
+}
+
+// drifted is the finding about a list of addresses, none for none.
+func drifted(list []string, find func(check, found, remedy string) Finding, name, what, remedy string) []Finding {
+	if len(list) == 0 {
+		return nil
 	}
-	add(gone, warn, "leased to network namespaces that are gone",
-		"the agent releases them within seconds when it runs; else the runtime's CNI GC does (nftcni debug ipam lists them)")
-	add(unattached, warn, "leased without an attachment of this node",
-		"right while a pod is being made, or for another plugin that delegates to nftcni-ipam; else delete the pod (nftcni debug ipam says which)")
-	add(unleased, broken, "used by pods but not leased, so another pod may get them", "restart these pods")
-	add(twice, broken, "held by two pods", "restart both pods")
-	return out
+	return []Finding{find(name, plural(len(list), "address")+" "+what+": "+firstOf(list, 5), remedy)}
 }
 
 func firstOf(list []string, n int) string {

@@ -96,6 +96,37 @@ func pluginTypes(path string) ([]string, error) {
 	return slices.DeleteFunc(types, func(t string) bool { return t == "" }), nil
 }
 
+// podLinks are the host's ends of pods, by what is wrong with them.
+type podLinks struct {
+	count       int
+	stale, down []string
+	up          map[string]int // index by name
+}
+
+func newPodLinks(links []netlink.Link, list []cni.Attachment) podLinks {
+	known := map[string]bool{}
+	for _, a := range list {
+		known[a.HostInterface] = true
+	}
+	p := podLinks{up: map[string]int{}}
+	for _, l := range links {
+		n := l.Attrs().Name
+		if !strings.HasPrefix(n, nft.InterfacePrefix) || len(n) != 15 || l.Type() != "veth" {
+			continue
+		}
+		p.count++
+		switch {
+		case !known[n]:
+			p.stale = append(p.stale, n)
+		case l.Attrs().OperState != netlink.OperUp:
+			p.down = append(p.down, n)
+		default:
+			p.up[n] = l.Attrs().Index
+		}
+	}
+	return p
+}
+
 // checkLinks compares the pods' links and routes with the attachments and the uplink.
 func (s *session) checkLinks(ctx context.Context) []Finding {
 	const name = "links"
@@ -104,42 +135,21 @@ func (s *session) checkLinks(ctx context.Context) []Finding {
 		return []Finding{warn(name, err.Error(), "run as root on the node itself")}
 	}
 	list, errs := cni.Attachments(s.runDir)
-	known := map[string]bool{}
-	for _, a := range list {
-		known[a.HostInterface] = true
-	}
-	var stale, down []string
-	up := map[string]int{} // index by name
-	own := 0
-	for _, l := range links {
-		n := l.Attrs().Name
-		if !strings.HasPrefix(n, nft.InterfacePrefix) || len(n) != 15 || l.Type() != "veth" {
-			continue
-		}
-		own++
-		switch {
-		case !known[n]:
-			stale = append(stale, n)
-		case l.Attrs().OperState != netlink.OperUp:
-			down = append(down, n)
-		default:
-			up[n] = l.Attrs().Index
-		}
-	}
+	p := newPodLinks(links, list)
 	out := []Finding{}
 	for _, e := range errs {
 		out = append(out, broken(name, e.Error(), "delete the pod; its DEL removes the record"))
 	}
-	if len(stale) > 0 {
-		out = append(out, warn(name, plural(len(stale), "pod interface")+" without an attachment: "+firstOf(stale, 5),
+	if len(p.stale) > 0 {
+		out = append(out, warn(name, plural(len(p.stale), "pod interface")+" without an attachment: "+firstOf(p.stale, 5),
 			"the agent removes them while it runs; else delete the pod, or ip link del NAME"))
 	}
-	if len(down) > 0 {
-		out = append(out, broken(name, "down: "+firstOf(down, 5), "the pod set its eth0 down, or its namespace is going away: restart the pod"))
+	if len(p.down) > 0 {
+		out = append(out, broken(name, "down: "+firstOf(p.down, 5), "the pod set its eth0 down, or its namespace is going away: restart the pod"))
 	}
-	out = append(out, checkPodRoutes(name, list, up)...)
+	out = append(out, checkPodRoutes(name, list, p.up)...)
 	if len(out) == 0 {
-		out = append(out, ok(name, "%s, all up and attached", plural(own, "pod interface")))
+		out = append(out, ok(name, "%s, all up and attached", plural(p.count, "pod interface")))
 	}
 	return append(out, checkMTU(ctx, links))
 }

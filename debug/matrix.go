@@ -196,49 +196,45 @@ func (p picture) drawn(all bool) []pair {
 	return out
 }
 
+// diagram is a text format of a graph as the formats of its lines: a group gets its number
+// and name, a node its number and label, an edge its ends and label.
+type diagram struct{ open, group, node, endGroup, edge, end string }
+
 func (p picture) dot(w io.Writer) error {
-	var b strings.Builder
-	b.WriteString("digraph policy {\n\trankdir=LR;\n\tnode [shape=box, style=rounded, fontname=\"sans-serif\"];\n\tedge [fontname=\"sans-serif\", fontsize=10];\n")
-	for i, group := range p.groups() {
-		if group != "" {
-			fmt.Fprintf(&b, "\tsubgraph cluster_%d {\n\t\tlabel=%q;\n", i, group)
-		}
-		for n, e := range p.Workloads {
-			if e.Namespace == group {
-				fmt.Fprintf(&b, "\t\tn%d [label=%q];\n", n, endLabel(e))
-			}
-		}
-		if group != "" {
-			b.WriteString("\t}\n")
-		}
-	}
-	for _, e := range p.Pairs {
-		fmt.Fprintf(&b, "\tn%d -> n%d [label=%q];\n", e.from, e.to, e.Services)
-	}
-	b.WriteString("}\n")
-	_, err := io.WriteString(w, b.String())
-	return err
+	return p.text(w, diagram{
+		open:  "digraph policy {\n\trankdir=LR;\n\tnode [shape=box, style=rounded, fontname=\"sans-serif\"];\n\tedge [fontname=\"sans-serif\", fontsize=10];\n",
+		group: "\tsubgraph cluster_%d {\n\t\tlabel=%q;\n", node: "\t\tn%d [label=%q];\n", endGroup: "\t}\n",
+		edge: "\tn%[1]d -> n%[2]d [label=%[3]q];\n", end: "}\n",
+	})
 }
 
 func (p picture) mermaid(w io.Writer) error {
+	return p.text(w, diagram{
+		open: "flowchart LR\n", group: "  subgraph g%d[%q]\n", node: "    n%d[%q]\n", endGroup: "  end\n",
+		edge: "  n%[1]d -->|%[3]q| n%[2]d\n",
+	})
+}
+
+func (p picture) text(w io.Writer, d diagram) error {
 	var b strings.Builder
-	b.WriteString("flowchart LR\n")
+	b.WriteString(d.open)
 	for i, group := range p.groups() {
 		if group != "" {
-			fmt.Fprintf(&b, "  subgraph g%d[%q]\n", i, group)
+			fmt.Fprintf(&b, d.group, i, group)
 		}
 		for n, e := range p.Workloads {
 			if e.Namespace == group {
-				fmt.Fprintf(&b, "    n%d[%q]\n", n, endLabel(e))
+				fmt.Fprintf(&b, d.node, n, endLabel(e))
 			}
 		}
 		if group != "" {
-			b.WriteString("  end\n")
+			b.WriteString(d.endGroup)
 		}
 	}
 	for _, e := range p.Pairs {
-		fmt.Fprintf(&b, "  n%d -->|%q| n%d\n", e.from, e.Services, e.to)
+		fmt.Fprintf(&b, d.edge, e.from, e.to, e.Services)
 	}
+	b.WriteString(d.end)
 	_, err := io.WriteString(w, b.String())
 	return err
 }
