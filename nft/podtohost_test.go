@@ -4,7 +4,9 @@ import (
 	"context"
 	"net"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -139,4 +141,37 @@ func TestKernelPodToHostIsState(t *testing.T) {
 	if _, err := mended.Apply(context.Background(), nft.Change{PodToHost: bad}); err == nil || !strings.Contains(err.Error(), "want tcp, udp or sctp") {
 		t.Errorf("ICMP has no ports: %v", err)
 	}
+}
+
+// TestKernelPodToHostFlips closes and opens the node, and changes its ports, while pods ask its DNS: no question is lost.
+func TestKernelPodToHostFlips(t *testing.T) {
+	w := newWorld(t)
+	dns, more := nft.ProtocolPort{Protocol: policy.UDP, Port: 53}, nft.ProtocolPort{Protocol: policy.TCP, Port: 10250}
+	stop := make(chan struct{})
+	var tasks sync.WaitGroup
+	sinks, sent := map[string]*nfttest.Sink{}, map[string]*int64{}
+	for _, node := range []string{"198.51.100.1", "2001:db8:1::1"} {
+		n := new(int64)
+		sinks[node], sent[node] = w.Host.Sink(addr(node), 53), n
+		tasks.Go(func() { *n, _ = w.client.Flood(at(node, 53), 2000, stop) })
+	}
+	flips := 0
+	for began := time.Now(); time.Since(began) < 3*time.Second; flips++ {
+		c := nft.Change{PodToHost: &nft.PodToHost{}}
+		switch flips % 3 {
+		case 0:
+			c.PodToHost = deny(dns)
+		case 1:
+			c.PodToHost = deny(more, dns)
+		}
+		apply(t, w.table, c)
+	}
+	close(stop)
+	tasks.Wait()
+	for node, sink := range sinks {
+		if n := sink.Total(); n != *sent[node] || n == 0 {
+			t.Errorf("%s: %d of %d questions arrived", node, n, *sent[node])
+		}
+	}
+	t.Logf("%d changes, %d and %d questions", flips, *sent["198.51.100.1"], *sent["2001:db8:1::1"])
 }
