@@ -53,6 +53,48 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
+// TestAdoptSmallClusters judges every mixture more closely: few pods, all on this node,
+// and another cluster of the same pods.
+func TestAdoptSmallClusters(t *testing.T) {
+	paused := 0
+	for seed := range effort(60, 300, 300, 6000) {
+		f := newFollower(seed, policytest.Options{Namespaces: 1, Nodes: 1, Pods: 4, Policies: 3, Tiers: seed%4 == 0})
+		f.flows = 0
+		if err := f.follow(f.e.Replace(f.g.Cluster())); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		f.flows = 60
+		c := f.g.Cluster()
+		switch seed % 3 {
+		case 1: // some objects alone change
+			kept := f.e.Cluster()
+			kept.Policies[f.r.IntN(3)] = f.g.Policy(3)
+			kept.Pods[f.r.IntN(4)] = c.Pods[0]
+			c = kept
+		case 2:
+			kept := f.e.Cluster()
+			kept.Pods = c.Pods
+			c = kept
+		}
+		f.e = newEngine(seed)
+		f.e.Adopt(maps.Clone(f.tables))
+		d := f.e.Replace(c)
+		if d.Pause > 0 {
+			paused++
+		}
+		if err := f.follow(d); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		if err := f.compare(); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+	t.Logf("%d deltas through a meet", paused)
+	if paused == 0 {
+		t.Error("no delta went through a meet")
+	}
+}
+
 // adoption is what is wanted of one.
 type adoption struct {
 	empty bool // nothing to do

@@ -60,8 +60,9 @@ type part struct {
 	order    int64
 	isolates bool
 	source   []Rule
-	rules    []rule // while refs > 0
-	refs     int    // profiles
+	names    []portName // that source uses
+	rules    []rule     // while refs > 0
+	refs     int        // profiles
 }
 
 func compareParts(a, b *part) int {

@@ -47,7 +47,6 @@ func (a *adoption) class(n, i uint32) *class {
 func (a *adoption) chooseProfiles() {
 	for again := true; again; {
 		again = false
-		a.opposite = opposition{}
 		a.findCrossings()
 		a.compareCrossings()
 		var sees []*profile

@@ -76,7 +76,7 @@ func (pl *plan) writeNets(pieces []netRange) {
 	for _, op := range pl.netOps {
 		pl.repoints = pl.repoints || op.Delete
 	}
-	e.nets.set(pieces)
+	e.nets.ranges = pieces
 }
 
 // writeTurns emits the changes of profiles: closing ones early, opening ones late, and

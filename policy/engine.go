@@ -359,7 +359,7 @@ func (e *Engine) part(p *Policy, d Direction, old *selected) *part {
 		return old.parts[d]
 	}
 	e.lastPart++
-	return &part{seq: e.lastPart, id: p.ID, dir: d, tier: p.Tier, order: p.Order, isolates: p.Isolates, source: p.Rules[d]}
+	return &part{seq: e.lastPart, id: p.ID, dir: d, tier: p.Tier, order: p.Order, isolates: p.Isolates, source: p.Rules[d], names: portNames(p.Rules[d])}
 }
 
 // reselect marks the local pods that s selects.

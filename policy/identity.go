@@ -228,7 +228,7 @@ func (e *Engine) setSignature(i *identity, s *signature) {
 // forgetSignatures drops the signatures that nothing has, at the end of a change.
 func (e *Engine) forgetSignatures() {
 	for _, s := range e.loose {
-		if s.aliases == 0 && !e.nets.uses(s) && e.signatures[s.key] == s {
+		if s.aliases == 0 && e.signatures[s.key] == s {
 			delete(e.signatures, s.key)
 		}
 	}

@@ -9,7 +9,6 @@ import (
 // nets is the decomposition of all blocks in force into disjoint ranges.
 type nets struct {
 	ranges []netRange // sorted
-	held   map[*signature]int
 }
 
 // netRange is a range with what its addresses match by being in it.
@@ -33,15 +32,6 @@ func (n *nets) at(a netip.Addr) *netRange {
 		return nil
 	}
 	return &n.ranges[i]
-}
-
-func (n *nets) uses(s *signature) bool { return n.held[s] > 0 }
-
-func (n *nets) set(ranges []netRange) {
-	n.ranges, n.held = ranges, map[*signature]int{}
-	for _, r := range ranges {
-		n.held[r.sig]++
-	}
 }
 
 // edge is where a block or an except begins (from) or has ended.
@@ -136,7 +126,7 @@ func before(next, x edge) netip.Addr {
 	return lastAddr(netip.PrefixFrom(x.at, 0).Masked())
 }
 
-// blockAtoms are the atoms with blocks, by id.
+// blockAtoms are the atoms with blocks, in any order.
 func (e *Engine) blockAtoms() []*atom {
 	var out []*atom
 	for _, a := range e.atoms {
@@ -144,7 +134,6 @@ func (e *Engine) blockAtoms() []*atom {
 			out = append(out, a)
 		}
 	}
-	slices.SortFunc(out, compareAtom)
 	return out
 }
 

@@ -153,7 +153,7 @@ func (pl *plan) turnProfiles() {
 	e.dirtyPods = map[*pod]struct{}{}
 }
 
-func sortedAddresses(m map[*address]claim) []*address {
+func sortedAddresses[V any](m map[*address]V) []*address {
 	out := make([]*address, 0, len(m))
 	for r := range m {
 		out = append(out, r)
@@ -171,7 +171,7 @@ func (pl *plan) cutRanges() {
 	}
 	e.netDirty = false
 	pl.pieces = cut(e.decompose(e.blockAtoms()), e.nets.ranges)
-	e.nets.set(pl.pieces)
+	e.nets.ranges = pl.pieces
 	for _, r := range e.addresses {
 		if r.id == nil {
 			continue
@@ -226,14 +226,13 @@ func (pl *plan) moveAddresses() {
 				from = n.id
 			}
 		}
-		switch {
-		case !m.element && !m.wanted:
-			continue
-		case m.element && from.sig == full && (m.wanted || r.owner != nil):
-			e.untidy = e.untidy || !m.wanted
+		if !m.element && !m.wanted {
 			continue
 		}
 		e.untidy = e.untidy || !m.wanted
+		if m.element && from.sig == full {
+			continue
+		}
 		neutral := false
 		if pl.existing && full != nil {
 			was, _ := e.sign(r, false)

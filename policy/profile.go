@@ -5,10 +5,10 @@ import (
 	"slices"
 )
 
-// portNames lists the names that p's rules use, without repeats.
-func (p *part) portNames() []portName {
+// portNames lists the names that rules use, without repeats.
+func portNames(rules []Rule) []portName {
 	var out []portName
-	for _, r := range p.source {
+	for _, r := range rules {
 		for _, m := range slices.Concat(r.Ports, r.NotPorts) {
 			if n := (portName{m.Name, m.Protocol}); m.Name != "" && !slices.Contains(out, n) {
 				out = append(out, n)
@@ -39,7 +39,7 @@ func (e *Engine) demanded(p *pod) [2]*profile {
 		}
 		slices.SortFunc(parts[d], compareParts)
 		var named []namedPort
-		if d == Ingress && len(p.Ports) > 0 {
+		if d == Ingress {
 			named = p.numbers(parts[d])
 		}
 		out[d] = e.profile(d, parts[d], named)
@@ -51,7 +51,7 @@ func (e *Engine) demanded(p *pod) [2]*profile {
 func (p *pod) numbers(parts []*part) []namedPort {
 	var out []namedPort
 	for _, t := range parts {
-		for _, n := range t.portNames() {
+		for _, n := range t.names {
 			if v, ok := p.resolve(n); ok {
 				out = append(out, v)
 			}

@@ -65,8 +65,7 @@ func (e *Engine) forgetAtoms() {
 	}
 }
 
-// forgetBodies lets go of what rules that are gone did, when that is most of what is
-// remembered, and of the walks through it.
+// forgetBodies lets go of what rules that are gone did, and of all walks.
 func (e *Engine) forgetBodies() {
 	live := map[string]*body{}
 	for _, p := range e.profiles {
@@ -75,9 +74,6 @@ func (e *Engine) forgetBodies() {
 				live[r.body.key] = r.body
 			}
 		}
-	}
-	if len(e.bodies) < 4*len(live)+1000 {
-		return
 	}
 	e.bodies, e.bodyByID = live, map[uint32]*body{}
 	for _, b := range live {

@@ -176,7 +176,7 @@ func (a *adoption) applyShifts() {
 		r.id.members++
 		e.untidy = e.untidy || r.sig == nil
 	}
-	e.nets.set(pieces)
+	e.nets.ranges = pieces
 }
 
 // leftRows are the rows that the profiles that are left need for new numbers.

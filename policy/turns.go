@@ -127,22 +127,13 @@ func (pl *plan) cloneUnstable() {
 			t.to = c
 		}
 	}
-	for _, r := range sortedLocals(pl.e.locals) {
+	for _, r := range sortedAddresses(pl.e.locals) {
 		for _, d := range Directions {
 			if c := pl.cloned[r.prof[d]]; c != nil && !turning[r][d] {
 				pl.turns = append(pl.turns, &turn{a: r, dir: d, from: r.prof[d], to: c, bound: true})
 			}
 		}
 	}
-}
-
-func sortedLocals(m map[*address]struct{}) []*address {
-	out := make([]*address, 0, len(m))
-	for r := range m {
-		out = append(out, r)
-	}
-	slices.SortFunc(out, func(a, b *address) int { return a.addr.Compare(b.addr) })
-	return out
 }
 
 // fillMoving computes the rows of the profiles in use for the fresh identities of moves.
