@@ -9,7 +9,7 @@ check_migrate() {
   for n in $(node_names); do
     said=$(on "$n" "$NFTCNI" install --kubeconfig /etc/nftcni/kubeconfig)
     check "install on $n says what it moved aside" grep -q 'moved aside *10-ref.conflist\|moved aside.*10-ref.conflist' <<<"$said"
-    check "install on $n says what is left" grep -q 'left alone *cni0' <<<"$said"
+    check "install on $n says what is left" grep -q 'left alone .*cni0' <<<"$said"
     start_agent "$n"
   done
   check "agents serve" within 30 agents_ready
