@@ -3,6 +3,7 @@ package policy_test
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 	"testing"
 
 	"github.com/nftcni/nftcni/policy"
@@ -141,4 +142,47 @@ func adoptOnce(seed uint64, change func(*follower, policy.Tables, *policy.Cluste
 		}
 	}
 	return f.compare()
+}
+
+// TestRangesStayWhenPodsSplit: addresses that kept their elements after a restart share
+// an identity with the ranges they are in; a new rule tells most of them from the ranges.
+func TestRangesStayWhenPodsSplit(t *testing.T) {
+	s := policytest.Shape{Pods: 12, Namespaces: 1, Local: 1}
+	selector := func(key, value string) policy.Selector {
+		return policy.Selector{Requirements: []policy.Requirement{{Key: key, Values: []string{value}}}}
+	}
+	c := s.Cluster()
+	for i := range c.Pods {
+		c.Pods[i].Labels = policy.MakeLabels(map[string]string{"team": "red"})
+		c.Pods[i].Node = policytest.Node(1)
+	}
+	c.Pods[0].Node = policytest.Node(0)
+	block := policy.Rule{Peers: []policy.Peer{{Block: &policy.Block{CIDR: netip.MustParsePrefix("10.0.0.0/28")}}}}
+	other := policy.Rule{Peers: []policy.Peer{{Block: &policy.Block{CIDR: netip.MustParsePrefix("10.0.0.8/31")}}}}
+	red := policy.Rule{Peers: []policy.Peer{{Pods: &policy.PodSelector{Pods: selector("team", "red")}}}}
+	named := func(name string, r ...policy.Rule) policy.Policy {
+		return networkPolicy("ns0", name, policy.Selector{}, policy.Egress, r...)
+	}
+	f := newFollower(1, policytest.Options{})
+	f.flows = 20
+	c.Policies = []policy.Policy{named("a", block), named("b", red)}
+	if err := f.follow(f.e.Replace(c)); err != nil {
+		t.Fatal(err)
+	}
+	less := *c
+	less.Policies = c.Policies[:1]
+	f.e = policy.NewEngine(policytest.Node(0))
+	f.e.Adopt(maps.Clone(f.tables))
+	if err := f.follow(f.e.Replace(&less)); err != nil {
+		t.Fatal(err)
+	}
+	again, cut := named("b", red), named("c", other)
+	for _, ev := range []policy.Event{{Policy: &again}, {Policy: &cut}, {Policy: &again, Delete: true}, {Policy: &cut, Delete: true}} {
+		if err := f.follow(f.e.Apply(ev)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.compare(); err != nil {
+		t.Fatal(err)
+	}
 }

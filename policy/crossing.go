@@ -203,7 +203,7 @@ func (a *adoption) cross(fresh *[]Op) (early, late []Op, meets []*profile) {
 			switch {
 			case c.to == nil || opens && !closes && a.opposite.any():
 				via = c.from
-			case c.from != 0 && opens && closes && a.opposite.any():
+			case opens && closes && a.opposite.any():
 				m := a.meet(c, fresh)
 				meets = append(meets, m)
 				via = m.num

@@ -388,9 +388,10 @@ func TestOddPods(t *testing.T) {
 	newer.Generation = 7
 	finished := pod("x", 9, a)
 	finished.Finished = true
+	egress := networkPolicy("ns0", "q", policy.Selector{}, policy.Egress)
 	for i, ev := range []policy.Event{
 		{Policy: &p}, {Policy: &newer},
-		{Pod: pod("x", 1, netip.Addr{}, a, a, b)},
+		{Pod: pod("x", 1, netip.Addr{}, a, a, b)}, {Policy: &egress},
 		{Pod: pod("y", 2, a)}, {Pod: pod("z", 3, a, a)},
 		{Pod: pod("y", 2, a), Delete: true}, {Pod: pod("z", 3), Delete: true},
 		{Pod: pod("y", 0, a, b)}, {Pod: pod("x", 1, b)}, {Pod: finished}, {Pod: pod("x", 9), Delete: true},

@@ -75,14 +75,14 @@ func (pl *plan) growInPlace(g *moves, rest int) {
 	}
 	for i, r := range pl.pieces {
 		if _, ok := moved[move{piece: i}]; !ok && r.id == g.from {
-			stay.list = append(stay.list, move{piece: i, wanted: true})
+			stay.list = append(stay.list, move{piece: i})
 		}
 	}
 	if pl.pieces == nil {
 		pl.pieces = slices.Clone(pl.oldNets.ranges)
 		for i, r := range pl.pieces {
 			if r.id == g.from {
-				stay.list = append(stay.list, move{piece: i, wanted: true})
+				stay.list = append(stay.list, move{piece: i})
 			}
 		}
 	}
@@ -93,7 +93,7 @@ func (pl *plan) growInPlace(g *moves, rest int) {
 		}
 	}
 	for _, r := range sortedAddresses(members) {
-		stay.list = append(stay.list, move{a: r, element: true, wanted: true})
+		stay.list = append(stay.list, move{a: r, wanted: true})
 	}
 	stay.to = e.newIdentity(old)
 	pl.copyRows(g.from, stay.to)

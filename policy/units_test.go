@@ -504,3 +504,23 @@ func TestPolicyChangesInPart(t *testing.T) {
 		}
 	}
 }
+
+// TestPortsInAnyOrder: the order in which a pod lists its ports makes no other identity.
+func TestPortsInAnyOrder(t *testing.T) {
+	e := sample()
+	rule := Policy{ID: PolicyID{"NetworkPolicy", Name{"ns", "d"}}, Tier: TierNamespaced, Isolates: true, Subject: PodSelector{Namespace: "ns"}, Applies: [2]bool{false, true}}
+	rule.Rules[Egress] = []Rule{{Ports: []PortMatch{{TCP, 0, 0, "b"}, {TCP, 0, 0, "a"}, {AnyProtocol, 0, 0, "a"}}}}
+	e.Apply(Event{Policy: &rule})
+	var ids []*identity
+	for i, ports := range [][]NamedPort{{{"a", TCP, 1}, {"b", TCP, 2}}, {{"b", TCP, 2}, {"a", TCP, 1}}, {{"b", TCP, 2}, {"a", TCP, 1}, {"a", TCP, 1}}} {
+		addr := netip.AddrFrom4([4]byte{10, 0, 1, byte(i)})
+		e.Apply(Event{Pod: &Pod{Name: Name{"ns", fmt.Sprint("many", i)}, Node: "there", Addrs: []netip.Addr{addr}, Ports: ports}})
+		ids = append(ids, e.addresses[addr].id)
+	}
+	if _, ok := (&pod{}).resolve(portName{"a", TCP}); ok {
+		t.Error("a pod without ports has a number for a name")
+	}
+	if ids[0] == nil || ids[0] != ids[1] || ids[0] != ids[2] {
+		t.Errorf("identities %v", ids)
+	}
+}
