@@ -222,6 +222,12 @@ func (t *tracer) meaning(s nft.TraceStep) string {
 		return "the source address is not the pod's: spoofed, or the pod is not attached any more"
 	case s.Chain == "to_pod" && s.Verdict == "drop":
 		return "the address is not bound to this interface"
+	case s.Chain == "host_port" && s.Verdict == "accept":
+		return "a port of the node that leads to a pod: hostPort"
+	case s.Chain == "pod_input" && s.Verdict == "drop":
+		return "the node takes this from none of its pods: its loopback, or podToHost in the agent's configuration"
+	case s.Chain == "tunnel" && s.Verdict == "drop":
+		return "tunnels hear nodes only"
 	case strings.HasPrefix(s.Chain, "stray") && s.Verdict == "drop":
 		return "belongs to no live connection, and an end is isolated"
 	}
