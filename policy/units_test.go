@@ -517,7 +517,7 @@ func TestPortsInAnyOrder(t *testing.T) {
 		e.Apply(Event{Pod: &Pod{Name: Name{"ns", fmt.Sprint("many", i)}, Node: "there", Addrs: []netip.Addr{addr}, Ports: ports}})
 		ids = append(ids, e.addresses[addr].id)
 	}
-	if _, ok := (&pod{}).resolve(portName{"a", TCP}); ok {
+	if _, ok := (&pod{Pod: &Pod{}}).resolve(portName{"a", TCP}); ok {
 		t.Error("a pod without ports has a number for a name")
 	}
 	if ids[0] == nil || ids[0] != ids[1] || ids[0] != ids[2] {
