@@ -53,6 +53,8 @@ func (n *apiBench) run(scale string) {
 		n.process.ready.Seconds(), startCPU, milliseconds(d["pod+"]), milliseconds(d["pod-"]), milliseconds(d["label+"]), milliseconds(d["label-"]), milliseconds(d["allow+"]), milliseconds(d["allow-"]),
 		milliseconds(d["deny+"]), milliseconds(d["deny-"]), milliseconds(d["pod API"]), milliseconds(d["label API"]), milliseconds(d["policy API"]),
 		milliseconds(d["after pod API"]), milliseconds(d["after label API"]), milliseconds(d["after policy API"]), milliseconds(burst), probed, podCPU, policyCPU, rss, settled, peak)
+	opened, attached := n.remoteAdds(5 * rounds)
+	n.b.Logf("ADD on another node -> allowed here, by the annotation (%d pods): %s; the attachment itself: %s", len(opened), quantiles(opened), quantiles(attached))
 	n.reboot()
 	if err := errors.Join(n.process.stop(), nft.Delete(context.Background(), nft.Options{})); err != nil {
 		n.b.Error(err)
@@ -106,7 +108,7 @@ func (n *apiBench) labelRounds(rounds int, note noting) {
 
 // settle waits until the agent has written its files and given back what that took.
 func (n *apiBench) settle() {
-	wait := time.NewTimer(40 * time.Second)
+	wait := time.NewTimer(25 * time.Second)
 	defer wait.Stop()
 	<-wait.C
 }

@@ -16,10 +16,10 @@ const (
 	// Percent of the live heap that garbage may add, at least and at most.
 	minGarbage, maxGarbage = 6, 50
 	// spareWanted is how much memory, in bytes, may lie empty without being given back.
-	spareWanted = 4 << 20
+	spareWanted = 3 << 20
 	// memoryInterval is how often the share is adapted to the heap, and
 	// empty memory looked for. Giving it back costs a collection.
-	memoryInterval = 10 * time.Second
+	memoryInterval = 2 * time.Second
 )
 
 // garbageShare is the percentage (GOGC) for a live heap of so many bytes.
