@@ -84,7 +84,7 @@ func (s *session) parts() []part {
 			return readTable(ctx, func(r *nft.Reader) (any, error) { return tableRows(ctx, r) })
 		}},
 		{"denials.json", func(ctx context.Context) (any, error) {
-			return readTable(ctx, func(r *nft.Reader) (any, error) { return s.drops(ctx, 100, quiet) })
+			return readTable(ctx, func(r *nft.Reader) (any, error) { return denialRows(ctx, r) })
 		}},
 		{"ruleset.nft", func(context.Context) (any, error) { return nft.Program(), nil }},
 		{"chains.json", func(context.Context) (any, error) { return nft.BaseChains(nft.Options{}) }},
@@ -116,14 +116,6 @@ func (s *session) share(ctx context.Context) *sharedSnapshot {
 	})}
 }
 
-func (s *sharedSnapshot) snapshot(notice func(string)) (agent.Snapshot, error) {
-	snap, err := s.parsed()
-	if err == nil && snap.Status != nil {
-		notice(fromFile(snap))
-	}
-	return snap, err
-}
-
 // rawSnapshot is the snapshot as the agent says it, or the bytes of its file.
 func (s *session) rawSnapshot(ctx context.Context) (json.RawMessage, error) {
 	var raw json.RawMessage
@@ -153,6 +145,18 @@ func tableRows(ctx context.Context, r *nft.Reader) (any, error) {
 		return nil, err
 	}
 	return render(&policy.Compiled{Tables: t}), nil
+}
+
+// denialRows name no pods: snapshot.json says whose the addresses are, and to decode that
+// here costs as much as the rest of a bundle.
+func denialRows(ctx context.Context, r *nft.Reader) (any, error) {
+	list, err := r.Denials(ctx)
+	out := []Drop{}
+	for _, d := range list {
+		out = append(out, Drop{Direction: d.Direction().String(), Src: d.Src.String(), Dst: d.Dst.String(),
+			SrcAddr: d.Src, DstAddr: d.Dst, Packets: d.Packets, Bytes: d.Bytes})
+	}
+	return out, err
 }
 
 func linkRows() (any, error) {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,9 +22,6 @@ import (
 // snapshot is the cluster as the agent knows it, or as its snapshot file tells when no
 // agent answers; notice is told about the latter.
 func (s *session) snapshot(ctx context.Context, notice func(string)) (agent.Snapshot, error) {
-	if s.shared != nil {
-		return s.shared.snapshot(notice)
-	}
 	var snap agent.Snapshot
 	err := s.get(ctx, agent.PathSnapshot, &snap)
 	if !errors.Is(err, errNoAgent) {
@@ -34,6 +32,9 @@ func (s *session) snapshot(ctx context.Context, notice func(string)) (agent.Snap
 
 // left is the snapshot file, in place of an agent that answered with noAgent.
 func (s *session) left(noAgent error, notice func(string)) (agent.Snapshot, error) {
+	if s.shared != nil {
+		return s.shared.parsed()
+	}
 	snap, err := agent.ReadSnapshotFile(s.runDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return snap, fmt.Errorf("%w; there is no snapshot file of it either (%s)", noAgent, filepath.Join(s.runDir, agent.SnapshotName))
@@ -92,6 +93,7 @@ func (s *session) completePods(n int) cobra.CompletionFunc {
 				out = append(out, cobra.CompletionWithDesc(p.Name.String(), join(p.Addrs)))
 			}
 		}
+		slices.Sort(out[1:])
 		return out, cobra.ShellCompDirectiveNoFileComp
 	}
 }
