@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -192,29 +194,65 @@ func setName(m netlink.Message) (string, error) {
 	return name, nil
 }
 
-// dump reads every element of a set; one that does not exist has none.
+// maxDumps bounds how often a set is read until two readings agree.
+const maxDumps = 10
+
+// dump reads every element of a set, each once; a set that does not exist has none. While the kernel moves a
+// hash table into one of another size, a dump of several messages leaves elements out and repeats others, and
+// no flag tells: each message counts its way past those that are sent (iter->skip in nft_rhash_walk, Linux 6.1
+// to 7.2) through a table whose order has changed since. So a dump that needs several counts once the next
+// one finds the same elements.
 func (r *Reader) dump(set string) ([]rawElement, error) {
+	var before map[string]bool
+	for range maxDumps {
+		elements, messages, err := r.dumpOnce(set)
+		if err != nil {
+			return nil, err
+		}
+		elements, keys := distinct(elements)
+		if messages <= 1 || before != nil && maps.Equal(keys, before) {
+			return elements, nil
+		}
+		before = keys
+	}
+	return nil, fmt.Errorf("dump %s: no two of %d readings held the same elements: it changes faster than it is read", set, maxDumps)
+}
+
+// distinct leaves the first of each element, and names them.
+func distinct(elements []rawElement) ([]rawElement, map[string]bool) {
+	keys := make(map[string]bool, len(elements))
+	return slices.DeleteFunc(elements, func(e rawElement) bool {
+		k := string(e.key) + string(e.keyEnd) + string(byte(e.flags&unix.NFT_SET_ELEM_INTERVAL_END))
+		if keys[k] {
+			return true
+		}
+		keys[k] = true
+		return false
+	}), keys
+}
+
+// dumpOnce reads a set in one go, and says in how many messages it came.
+func (r *Reader) dumpOnce(set string) (elements []rawElement, messages int, err error) {
 	if !r.sets[set] {
-		return nil, nil
+		return nil, 0, nil
 	}
 	e := netlink.NewAttributeEncoder()
 	e.String(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
 	e.String(unix.NFTA_SET_ELEM_LIST_SET, set)
 	msg, err := nfnetlinkRequest(unix.NFT_MSG_GETSETELEM, netlink.Dump, e)
 	if err != nil {
-		return nil, fmt.Errorf("encode: %w", err)
+		return nil, 0, fmt.Errorf("encode: %w", err)
 	}
 	replies, err := r.conn.Execute(msg)
 	if err != nil {
-		return nil, fmt.Errorf("dump %s: %w", set, err)
+		return nil, 0, fmt.Errorf("dump %s: %w", set, err)
 	}
-	var out []rawElement
 	for _, m := range replies {
-		elements, err := decodeElements(m)
+		more, err := decodeElements(m)
 		if err != nil {
-			return nil, fmt.Errorf("set %s: %w", set, err)
+			return nil, 0, fmt.Errorf("set %s: %w", set, err)
 		}
-		out = append(out, elements...)
+		elements = append(elements, more...)
 	}
-	return out, nil
+	return elements, len(replies), nil
 }
