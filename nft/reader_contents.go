@@ -30,7 +30,7 @@ func (r *Reader) Denials(ctx context.Context) ([]Denial, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		elements, err := r.dump(family.set)
+		elements, _, err := r.dumpOnce(family.set) // packets add to it at any time
 		if err != nil {
 			return nil, err
 		}
@@ -54,7 +54,7 @@ func (d Denial) Direction() policy.Direction {
 	return policy.Egress
 }
 
-// Sizes counts the elements of every set and map of the table.
+// Sizes counts the elements of every set and map of the table; it may be off while the kernel resizes one.
 func (r *Reader) Sizes(ctx context.Context) (map[string]int, error) {
 	out := map[string]int{}
 	for set := range r.sets {
@@ -62,7 +62,7 @@ func (r *Reader) Sizes(ctx context.Context) (map[string]int, error) {
 			return nil, err
 		}
 		out[set] = 0
-		elements, err := r.dump(set)
+		elements, _, err := r.dumpOnce(set)
 		if err != nil {
 			return nil, err
 		}
