@@ -134,10 +134,15 @@ matrix_change() {
   return 1
 }
 
-# matrix_apply CASE BEFORE: the objects of the case, and away with those that only the one before has
+# matrix_apply CASE BEFORE: the objects of the case, and away with those that only the one before has. They
+# are replaced, not applied: apply keeps the policyTypes that the API server filled in for the case before.
 matrix_apply() {
-  [ ! -s "$1" ] || matrix_policy "$1" | k apply -f - >/dev/null
   local name
+  if [ -s "$1" ]; then
+    matrix_policy "$1" >"$work/case.yaml"
+    k replace -f "$work/case.yaml" >/dev/null 2>&1 || # who is not there yet
+      k create -f "$work/case.yaml" 2>&1 >/dev/null | grep -v AlreadyExists >&2 || true
+  fi
   for name in $(k get -n policy-x netpol -o 'jsonpath={.items[*].metadata.name}'); do
     grep -q "^metadata: {name: $name," "$1" || k -n policy-x delete --wait=false netpol "$name" >/dev/null
   done
