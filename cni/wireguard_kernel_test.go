@@ -244,7 +244,10 @@ func TestKernelWireGuardRotates(t *testing.T) {
 				until(t, reports[i], "all peers have moved", func(Report) bool { return n.mesh.Report().Rotating == 0 })
 			}
 		}
-		for _, n := range l.nodes {
+		for i, n := range l.nodes {
+			if r, err := n.mesh.Rotation(); err != nil || r.Active != (i != round) || r.Moving != 0 || r.Active && r.Received == 0 {
+				t.Errorf("node %d after the move: %+v, %v", i+1, r, err)
+			}
 			if _, err := n.mesh.RetireKey(t.Context()); err != nil {
 				t.Fatal(err)
 			}
@@ -252,6 +255,11 @@ func TestKernelWireGuardRotates(t *testing.T) {
 		l.publish()
 		for _, n := range l.nodes {
 			n.set()
+		}
+	}
+	for _, n := range l.nodes {
+		if r, err := n.mesh.Rotation(); err != nil || r != (Rotation{}) {
+			t.Errorf("after the rotation: %+v, %v", r, err)
 		}
 	}
 	sent, lost := stop()
