@@ -94,5 +94,12 @@ func newRootCommand() *cobra.Command {
 	}
 	root.AddCommand(newAgentCommand(), debug.NewCommand(), newDemoCommand(), newVersionCommand(),
 		newInstallCommand(), newUninstallCommand(), newPolicyCommand(), newManCommand())
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w (%s --help has the flags)", err, cmd.CommandPath())
+	})
+	root.InitDefaultCompletionCmd()
+	if c, _, err := root.Find([]string{"completion"}); err == nil && c != root {
+		debug.Group(c)
+	}
 	return root
 }

@@ -46,7 +46,7 @@ func NewCommand() *cobra.Command {
 		Short: "Ask what is in force on this node, and why",
 		Long: "Ask what is in force on this node, and why.\n\n" +
 			"Every command prints a table, or with -o json|yaml a stable form for programs.",
-		Args: cobra.NoArgs,
+		PersistentPreRunE: s.checkFormat,
 	}
 	f := cmd.PersistentFlags()
 	f.StringVar(&s.runDir, "run-dir", cni.DefaultRunDir, "the agent's runDir (its socket is in it)")
@@ -57,7 +57,33 @@ func NewCommand() *cobra.Command {
 		s.matrixCommand(), s.graphCommand(), s.impactCommand(),
 		s.traceCommand(), s.captureCommand(), s.flowsCommand(), s.dropsCommand(),
 		s.waitCommand(), s.verifyCommand(), s.doctorCommand(), s.bundleCommand())
+	return Group(cmd)
+}
+
+// Group makes a command that only holds others refuse what is none of them: cobra prints its
+// help instead, with status 0.
+func Group(cmd *cobra.Command) *cobra.Command {
+	cmd.SuggestionsMinimumDistance = 2
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return nil
+		}
+		hint := ""
+		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+			hint = "; did you mean " + near[0] + "?"
+		}
+		return fmt.Errorf("%q is no command of %s%s (%s --help lists them)", args[0], cmd.CommandPath(), hint, cmd.CommandPath())
+	}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 	return cmd
+}
+
+// checkFormat refuses an unknown format before anything is done.
+func (s *session) checkFormat(*cobra.Command, []string) error {
+	if s.format != "table" && s.format != "json" && s.format != "yaml" {
+		return errFormat(s.format)
+	}
+	return nil
 }
 
 // get asks the agent and explains what to do when it does not run.

@@ -38,6 +38,9 @@ func (s *session) flowsCommand() *cobra.Command {
 			if fl.denied && fl.allowed {
 				return fmt.Errorf("flags --denied and --allowed exclude each other; without either both are listed")
 			}
+			if err := checkLast(fl.last); err != nil {
+				return err
+			}
 			return s.flows(cmd, fl)
 		},
 	}
@@ -63,9 +66,9 @@ func (s *session) flows(cmd *cobra.Command, fl flowFlags) error {
 	if err != nil {
 		return err
 	}
-	list := fl.keep(got.Flows)
-	list = list[max(0, len(list)-fl.last):]
+	list := newest(fl.keep(got.Flows), fl.last)
 	tellSampling(notice, got, 1)
+	s.tellUnknown(cmd, fl.pod, len(list))
 	if !fl.follow {
 		return s.print(cmd, list, func(w io.Writer) error { return writeFlows(w, list, true) })
 	}
@@ -89,6 +92,29 @@ func (s *session) flows(cmd *cobra.Command, fl flowFlags) error {
 		oneIn = got.SampledOneIn
 		list = fl.keep(got.Flows)
 	}
+}
+
+// tellUnknown says when nothing is listed because no pod has the name that was asked for;
+// one that is gone may still have flows.
+func (s *session) tellUnknown(cmd *cobra.Command, pod string, listed int) {
+	if pod == "" || listed > 0 {
+		return
+	}
+	snap, err := s.snapshot(cmd.Context(), func(string) {})
+	if err != nil || slices.ContainsFunc(snap.Cluster.Pods, func(p policy.Pod) bool { return samePod(p.Name.String(), pod) }) {
+		return
+	}
+	noticeTo(cmd)(fmt.Sprintf("no pod this node knows is called %q now (nftcni debug pods --all lists the pods)", pod))
+}
+
+// newest are the last n of a list.
+func newest(list []agent.Flow, n int) []agent.Flow { return list[max(0, len(list)-n):] }
+
+func checkLast(last int) error {
+	if last < 0 {
+		return fmt.Errorf("flag --last is %d: it takes 0 or more", last)
+	}
+	return nil
 }
 
 func tellSampling(notice func(string), got agent.Flows, before uint32) {
@@ -183,6 +209,9 @@ func (s *session) dropsCommand() *cobra.Command {
 		Example: "  nftcni debug drops\n  nftcni debug drops --last 10 -o json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkLast(last); err != nil {
+				return err
+			}
 			d, err := s.drops(cmd.Context(), last, noticeTo(cmd))
 			if err != nil {
 				return err
@@ -219,7 +248,7 @@ func (s *session) drops(ctx context.Context, last int, notice func(string)) (dro
 	var got agent.Flows
 	if s.get(ctx, agent.PathFlows+"?limit=8192", &got) == nil { // without the agent there are the counters
 		list := flowFlags{denied: true}.keep(got.Flows)
-		d.Last = list[max(0, len(list)-last):]
+		d.Last = newest(list, last)
 	}
 	return d, nil
 }

@@ -181,6 +181,7 @@ func (s *session) graphCommand() *cobra.Command {
 	}
 	from.flags(cmd)
 	cmd.Flags().StringVar(&format, "format", "svg", "svg, dot or mermaid")
+	_ = cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]cobra.Completion{"svg", "dot", "mermaid"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.Flags().BoolVar(&all, "all", false, "pairs without any policy too")
 	return cmd
 }

@@ -79,7 +79,11 @@ func (s *session) print(cmd *cobra.Command, v any, asTable func(io.Writer) error
 		_, err = w.Write(b)
 		return err
 	}
-	return fmt.Errorf("flag --output is %q: it takes table, json or yaml", s.format)
+	return errFormat(s.format)
+}
+
+func errFormat(format string) error {
+	return fmt.Errorf("flag --output is %q: it takes table, json or yaml", format)
 }
 
 func orDash(s string) string {

@@ -43,6 +43,9 @@ func (s *session) verifyCommand() *cobra.Command {
 		Example: "  nftcni debug verify\n  nftcni debug verify --flows 100000 --seed 7",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if flows < 0 {
+				return fmt.Errorf("flag --flows is %d: it takes 0 or more", flows)
+			}
 			if seed == 0 {
 				seed = rand.Uint64()
 			}

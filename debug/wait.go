@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -40,6 +41,9 @@ func (s *session) waitCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if args[0] != "policy" {
 				return fmt.Errorf("%q: it can wait for a policy only: wait policy NAMESPACE/NAME", args[0])
+			}
+			if namespace, name, _ := strings.Cut(args[1], "/"); namespace == "" || name == "" {
+				return fmt.Errorf("policy %q: it takes NAMESPACE/NAME (nftcni debug policies lists them)", args[1])
 			}
 			e, err := s.wait(cmd.Context(), args[1], fl, noticeTo(cmd))
 			if err != nil {
