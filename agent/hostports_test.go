@@ -119,6 +119,7 @@ func TestHostPortsFollowAttachments(t *testing.T) {
 		if got := table.mapped(); !slices.Equal(got, want[2:]) {
 			t.Errorf("after a DEL %v, want %v", got, want[2:])
 		}
+		synctest.Wait()
 		third, ctx := startLoop(t, table, nil) // the other one's DEL came while no agent ran
 		_ = third.send(ctx, third.replace(shopCluster, nil))
 		synctest.Wait()

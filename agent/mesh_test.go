@@ -31,8 +31,9 @@ type memoryRouter struct {
 
 func (r *memoryRouter) locked(f func()) { r.mu.Lock(); defer r.mu.Unlock(); f() }
 
-func (r *memoryRouter) Set(context.Context, cni.Peer, []cni.Peer) (cni.Report, error) {
-	return r.report, r.setErr
+func (r *memoryRouter) Set(context.Context, cni.Peer, []cni.Peer) (rep cni.Report, err error) {
+	r.locked(func() { rep, err = r.report, r.setErr })
+	return rep, err
 }
 
 func (r *memoryRouter) Run(ctx context.Context, _ func(cni.Report, error)) error {
@@ -43,6 +44,11 @@ func (r *memoryRouter) Run(ctx context.Context, _ func(cni.Report, error)) error
 func (r *memoryRouter) Report() cni.Report { return r.report }
 func (r *memoryRouter) MTU() int           { return r.report.MTU }
 func (r *memoryRouter) Close()             {}
+
+func (r *memoryRouter) retirements() (n int) {
+	r.locked(func() { n = r.retired })
+	return n
+}
 
 func (r *memoryRouter) PublicKey() (s string) {
 	r.locked(func() { s = strings.Join(r.keys, " ") })
@@ -96,6 +102,12 @@ func (o *nodeObject) list() meshNodes {
 	return meshNodes{[]cni.Peer{{Name: "n1", PublicKey: o.key}, {Name: "n2"}}, o.addrs}
 }
 
+func (o *nodeObject) published() (key string, addrs []netip.Addr, writes int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.key, o.addrs, o.writes
+}
+
 // startMesh runs a mesh over a router in memory, with the clock of the synctest bubble.
 func startMesh(t *testing.T, r *memoryRouter, o *nodeObject, cfg MeshConfig) *mesh {
 	t.Helper()
@@ -123,30 +135,36 @@ func TestMeshKeyRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, o := &memoryRouter{keys: []string{"0:old"}}, &nodeObject{failures: 3}
 		m := startMesh(t, r, o, MeshConfig{})
-		if time.Sleep(10 * time.Second); o.key != "0:old" || o.writes != 4 {
-			t.Fatalf("published %q in %d writes, want the key in 4", o.key, o.writes)
+		is := func(when, wantKey string, wantRetired int) (writes int) {
+			t.Helper()
+			synctest.Wait()
+			key, _, writes := o.published()
+			if n := r.retirements(); key != wantKey || n != wantRetired {
+				t.Fatalf("%s: published %q, retired %d; want %q, %d", when, key, n, wantKey, wantRetired)
+			}
+			return writes
+		}
+		time.Sleep(10 * time.Second)
+		if writes := is("three failures later", "0:old", 0); writes != 4 {
+			t.Fatalf("published in %d writes, want 4", writes)
 		}
 		m.offer(o.list())
 		r.locked(func() { r.rotation = cni.Rotation{Moving: 2} })
 		_, _ = r.RotateKey(t.Context())
 		m.wakeUp()
-		if time.Sleep(time.Hour); o.key != "0:old 1:new" || r.retired != 0 {
-			t.Fatalf("published %q, retired %d: peers have not moved", o.key, r.retired)
-		}
+		time.Sleep(time.Hour)
+		is("peers have not moved", "0:old 1:new", 0)
 		r.locked(func() { r.rotation.Moving = 0 })
-		for range 100 { // somebody still uses the old key
+		for range 100 {
 			r.locked(func() { r.rotation.Received += 100 })
 			time.Sleep(time.Minute)
 		}
-		if r.retired != 0 {
-			t.Fatal("a key that is in use was retired")
-		}
-		if time.Sleep(oldKeyQuiet + 2*retireLook); r.retired != 1 || o.key != "1:new" {
-			t.Fatalf("retired %d, published %q", r.retired, o.key)
-		}
-		writes := o.writes
-		if time.Sleep(time.Hour); o.writes != writes || r.retired != 1 {
-			t.Error("an idle mesh writes")
+		is("somebody still uses the old key", "0:old 1:new", 0)
+		time.Sleep(oldKeyQuiet + 2*retireLook)
+		writes := is("the old key is quiet", "1:new", 1)
+		time.Sleep(time.Hour)
+		if n := is("an hour later", "1:new", 1); n != writes {
+			t.Errorf("an idle mesh writes: %d, then %d", writes, n)
 		}
 	})
 }
@@ -156,12 +174,12 @@ func TestMeshKeyStaysWithoutNodes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, o := &memoryRouter{keys: []string{"0:old", "1:new"}, rotation: cni.Rotation{Active: true}, setErr: errors.New("no kernel")}, &nodeObject{key: "0:old 1:new"}
 		m := startMesh(t, r, o, MeshConfig{})
-		if time.Sleep(time.Hour); r.retired != 0 {
+		if time.Sleep(time.Hour); r.retirements() != 0 {
 			t.Fatal("retired although the nodes are not in force")
 		}
-		r.setErr = nil
+		r.locked(func() { r.setErr = nil })
 		m.offer(o.list())
-		if time.Sleep(2 * oldKeyQuiet); r.retired != 1 {
+		if time.Sleep(2 * oldKeyQuiet); r.retirements() != 1 {
 			t.Error("a rotation that an earlier process began does not end")
 		}
 	})
@@ -187,8 +205,8 @@ func TestMeshPublishesAddresses(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, o := &memoryRouter{report: cni.Report{Addrs: tt.chosen}}, &nodeObject{addrs: tt.have}
 				startMesh(t, r, o, tt.cfg)
-				if !slices.Equal(o.addrs, tt.want) || o.writes != tt.writes {
-					t.Errorf("%v after %d writes, want %v after %d", o.addrs, o.writes, tt.want, tt.writes)
+				if _, addrs, writes := o.published(); !slices.Equal(addrs, tt.want) || writes != tt.writes {
+					t.Errorf("%v after %d writes, want %v after %d", addrs, writes, tt.want, tt.writes)
 				}
 			})
 		})
