@@ -20,7 +20,35 @@ check_mesh() {
   done
   for n in $(node_names); do mesh_configure "$n" "{}"; done
   drop_namespace mesh
+  check_mesh_thousand
 }
+
+# A thousand Node objects: the routes of one node to all of them, after they came and after its agent
+# starts anew without a route; they go with their objects.
+check_mesh_thousand() {
+  local first count=997 rss
+  if ! processes || [ "$family" = ipv6 ]; then
+    not_run mesh_thousand "it makes a thousand Node objects: only with --form install in a cluster of its own that has IPv4"
+    return
+  fi
+  first=$(first_node)
+  jq -n --argjson n $count '{apiVersion: "v1", kind: "List", items: [range($n) | "10.\(100 + (. / 256 | floor)).\(. % 256).0/24" as $c | {apiVersion: "v1", kind: "Node",
+    metadata: {name: "fake-\(.)", labels: {fake: "yes"}}, spec: {podCIDR: $c, podCIDRs: [$c], unschedulable: true},
+    status: {addresses: [{type: "InternalIP", address: "172.16.\(. / 256 | floor).\(. % 256)"}]}}]}' | k create -f - >/dev/null
+  check "mesh: routes to $count more nodes" within 10 mesh_fakes "$first" $count
+  stop_agent "$first" TERM
+  on "$first" ip route flush proto 157 metric 64
+  start_agent "$first"
+  # shellcheck disable=SC2016
+  on "$first" timeout 30 bash -c 'began=$(date +%s%N); until [ "$(ip route show proto 157 | grep -c "^10\.10[0-3]\.")" -ge "$0" ]; do sleep 0.02; done
+    echo "     mesh: the routes to $0 more nodes are there $((($(date +%s%N) - began) / 1000000)) ms after the start of the agent"' $count
+  rss=$(on "$first" bash -c 'awk "/^VmRSS|^VmHWM/ {printf \"%s %d MiB \", \$1, \$2 / 1024}" /proc/$(pgrep -of "[n]ftcni agent --config")/status')
+  echo "     mesh: the agent's memory: $rss"
+  k delete node -l fake=yes --wait=false >/dev/null
+  check "mesh: and none without them" within 10 mesh_fakes "$first" 0
+}
+
+mesh_fakes() { [ "$(on "$1" ip route show proto 157 | grep -c '^10\.10[0-3]\.')" = "$2" ]; }
 
 # mesh_configure NODE MAPPING: the agent's mesh setting; the agent starts again with it
 mesh_configure() {
