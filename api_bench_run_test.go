@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -53,6 +54,7 @@ func (n *apiBench) run(scale string) {
 		n.process.ready.Seconds(), startCPU, milliseconds(d["pod+"]), milliseconds(d["pod-"]), milliseconds(d["label+"]), milliseconds(d["label-"]), milliseconds(d["allow+"]), milliseconds(d["allow-"]),
 		milliseconds(d["deny+"]), milliseconds(d["deny-"]), milliseconds(d["pod API"]), milliseconds(d["label API"]), milliseconds(d["policy API"]),
 		milliseconds(d["after pod API"]), milliseconds(d["after label API"]), milliseconds(d["after policy API"]), milliseconds(burst), probed, podCPU, policyCPU, rss, settled, peak)
+	n.b.Logf("one call that changes a pod, sent -> first packet: label %s, delete %s; after its answer: label %s", quantiles(slices.Concat(d["label+"], d["label-"])), quantiles(d["pod-"]), quantiles(d["after label API"]))
 	opened, attached := n.remoteAdds(5 * rounds)
 	n.b.Logf("ADD on another node -> allowed here, by the annotation (%d pods): %s; the attachment itself: %s", len(opened), quantiles(opened), quantiles(attached))
 	n.reboot()
