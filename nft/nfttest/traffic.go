@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -227,103 +226,4 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
 	}
 	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
-}
-
-// Sink counts datagrams that arrive on a UDP port.
-type Sink struct {
-	Received atomic.Int64
-	conn     *net.UDPConn
-	done     chan struct{}
-}
-
-// Sink listens on a port of the host until the test ends.
-func (h *Host) Sink(addr netip.Addr, port uint16) *Sink {
-	h.t.Helper()
-	s := &Sink{done: make(chan struct{})}
-	h.must(h.Do(func() (err error) {
-		s.conn, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, port)))
-		if err != nil {
-			return fmt.Errorf("listen: %w", err)
-		}
-		raw, err := s.conn.SyscallConn()
-		if err != nil {
-			return fmt.Errorf("socket: %w", err)
-		}
-		return raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20) })
-	}))
-	h.t.Cleanup(func() { _ = s.conn.Close() })
-	go func() {
-		defer close(s.done)
-		b := make([]byte, 64)
-		for {
-			if _, err := s.conn.Read(b); err != nil {
-				return
-			}
-			s.Received.Add(1)
-		}
-	}()
-	return s
-}
-
-// Total ends the sink once nothing more has arrived for a while, and returns how much did.
-func (s *Sink) Total() int64 {
-	for last := int64(-1); last != s.Received.Load(); {
-		last = s.Received.Load()
-		timer := time.NewTimer(patience())
-		<-timer.C
-	}
-	_ = s.conn.Close()
-	<-s.done
-	return s.Received.Load()
-}
-
-// Flood sends one datagram after the other, each from a socket of its own so that each is a new connection, until
-// stop is closed, at most perSecond. It returns how many were sent.
-func (h *Host) Flood(to netip.AddrPort, perSecond int, stop <-chan struct{}) (sent int64, err error) {
-	err = h.Do(func() error {
-		family := unix.AF_INET
-		if to.Addr().Is6() {
-			family = unix.AF_INET6
-		}
-		began := time.Now()
-		ticker := time.NewTicker(time.Millisecond)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-stop:
-				return nil
-			case <-ticker.C:
-			}
-			for due := int64(time.Since(began).Seconds() * float64(perSecond)); sent < due; sent++ {
-				if sent%64 == 0 && stopped(stop) { // a slow machine never catches up
-					return nil
-				}
-				if err := one(family, to); err != nil {
-					return err
-				}
-			}
-		}
-	})
-	return sent, err
-}
-
-func stopped(stop <-chan struct{}) bool {
-	select {
-	case <-stop:
-		return true
-	default:
-		return false
-	}
-}
-
-func one(family int, to netip.AddrPort) error {
-	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("socket: %w", err)
-	}
-	defer unix.Close(fd)
-	if err := unix.Sendto(fd, []byte("nftcni"), 0, sockaddr(to)); err != nil {
-		return fmt.Errorf("send: %w", err)
-	}
-	return nil
 }
