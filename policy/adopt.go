@@ -204,8 +204,8 @@ func (a *adoption) renumberClasses() {
 	})
 	all := slices.SortedFunc(maps.Values(e.classes), func(x, y *class) int { return cmp.Compare(x.num, y.num) })
 	for _, c := range all {
-		n, ok := a.classes[c.key]
-		if !ok || !e.classNumbers.valid(n) {
+		n := a.classes[c.key]
+		if !e.classNumbers.valid(n) {
 			n = e.classNumbers.next()
 		}
 		c.num = n

@@ -343,6 +343,7 @@ func (b *books) checkDone() {
 	e := b.e
 	b.want(len(e.dirty)+len(e.dirtyPods)+len(e.freshAtoms)+len(e.freshNames)+len(e.freshIdentities)+len(e.freshProfiles) == 0, "the change in hand is not over")
 	b.want(len(e.newRows)+len(e.looseIdentities) == 0 && !e.netDirty && e.adopted == nil, "the change in hand is not over")
+	b.want(len(e.covered) == 0, "%d pairs of classes are remembered", len(e.covered))
 	e.forgetSignatures() // checkNets asks for signatures
 	e.releaseClasses(func(Key, uint32) {})
 }

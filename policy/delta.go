@@ -188,9 +188,11 @@ func (pl *plan) delta() Delta {
 	}
 	d.add(e.maxStep, pl.release)
 	d.add(e.maxStep, pl.late)
+	if d.Settle = pl.repoints && e.retired; d.Settle {
+		e.retired = false
+	}
 	d.Drops = pl.drops()
-	d.Settle = pl.repoints && e.retired
-	e.finish(d.Settle, d.Drops)
+	e.finish()
 	return d
 }
 
@@ -314,7 +316,7 @@ func compareKey(a, b Key) int {
 }
 
 // finish ends the change in hand.
-func (e *Engine) finish(settled bool, drops []Op) {
+func (e *Engine) finish() {
 	for _, a := range e.freshAtoms {
 		a.fresh = false
 	}
@@ -336,8 +338,4 @@ func (e *Engine) finish(settled bool, drops []Op) {
 	e.forgetSignatures()
 	e.freshAtoms, e.freshNames, e.freshProfiles, e.freshIdentities = nil, nil, nil, nil
 	e.newRows, e.looseIdentities = nil, nil
-	retiredNow := slices.ContainsFunc(drops, func(op Op) bool { return op.Map == AccessOthers })
-	if settled {
-		e.retired = retiredNow
-	}
 }

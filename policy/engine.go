@@ -141,8 +141,7 @@ func (e *Engine) Replace(c *Cluster) Delta {
 	pods, policies := make(map[Name]struct{}, len(c.Pods)), make(map[PolicyID]struct{}, len(c.Policies))
 	namespaces, nodes := map[string]struct{}{}, map[string]struct{}{}
 	if len(e.pods)+len(e.addresses)+len(e.policies) == 0 { // maps that grew have more room to spare
-		e.pods, e.addresses = make(map[Name]*pod, len(c.Pods)), make(map[netip.Addr]*address, len(c.Pods))
-		e.policies = make(map[PolicyID]*selected, len(c.Policies))
+		e.pods, e.addresses, e.policies = make(map[Name]*pod, len(c.Pods)), make(map[netip.Addr]*address, len(c.Pods)), make(map[PolicyID]*selected, len(c.Policies))
 	}
 	for i := range c.Namespaces {
 		namespaces[c.Namespaces[i].Name] = struct{}{}

@@ -27,6 +27,7 @@ type follower struct {
 	g      *policytest.Generator
 	r      *rand.Rand
 	flows  int
+	flow   func(*policy.Cluster) policy.Flow // draws one
 	// differs is what twins do not agree on.
 	differs error
 	model   *model // what the engine was told; nil: nobody looks
@@ -43,9 +44,10 @@ func newEngine(seed uint64) *policy.Engine {
 }
 
 func newFollower(seed uint64, o policytest.Options) *follower {
+	g := policytest.New(seed, o)
 	return &follower{
 		e: newEngine(seed), tables: policy.Tables{}, old: &policy.Cluster{},
-		g: policytest.New(seed, o), r: rand.New(rand.NewPCG(seed, 1)), flows: 150, stats: map[string]int{},
+		g: g, r: rand.New(rand.NewPCG(seed, 1)), flows: 150, flow: g.Flow, stats: map[string]int{},
 	}
 }
 
@@ -98,6 +100,13 @@ func (f *follower) follow(d policy.Delta) error {
 	if d.Pause >= len(d.Steps) && d.Pause > 0 {
 		return fmt.Errorf("a grace period before step %d of %d", d.Pause, len(d.Steps))
 	}
+	if complete(states[0]) == nil {
+		for i, t := range states {
+			if err := complete(t); err != nil {
+				return fmt.Errorf("after %d steps: %w", i, err)
+			}
+		}
+	}
 	if err := f.flowsBetween(d, states, now); err != nil {
 		return err
 	}
@@ -110,6 +119,24 @@ func (f *follower) follow(d policy.Delta) error {
 	}
 	f.old = now
 	return policy.CheckBooks(f.e, false)
+}
+
+// complete says that no element of t names what is not there.
+func complete(t policy.Tables) error {
+	for k, v := range t {
+		named := policy.Key{Map: policy.AccessRest, X: v}
+		switch k.Map {
+		case policy.IngressProfile, policy.EgressProfile:
+			named.Map = policy.AccessOthers
+		case policy.Access, policy.AccessOthers:
+		default:
+			continue
+		}
+		if _, ok := t[named]; !ok {
+			return fmt.Errorf("%+v is %x, and there is no %+v", k, v, named)
+		}
+	}
+	return nil
 }
 
 // apply commits ops, each of which must name the value there is.
@@ -140,7 +167,7 @@ func (f *follower) flowsBetween(d policy.Delta, states []policy.Tables, now *pol
 		if len(c.Pods) == 0 {
 			return nil
 		}
-		flow := f.g.Flow(c)
+		flow := f.flow(c)
 		o, w := before.Evaluate(flow), after.Evaluate(flow)
 		if !judged(o) || !judged(w) {
 			continue

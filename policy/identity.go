@@ -211,8 +211,6 @@ func (e *Engine) setSignature(i *identity, s *signature) {
 	s.aliases++
 	if s.primary == nil {
 		s.primary = i
-	} else {
-		e.untidy = true
 	}
 	for _, a := range s.atoms {
 		a.identities[i] = struct{}{}

@@ -62,8 +62,7 @@ func (e *Engine) decompose(atoms []*atom) []netRange {
 	var out []netRange
 	in, except := make([]int, block), make([]int, block)
 	holds := map[*atom]int{}
-	for i := 0; i < len(edges); i++ {
-		x := edges[i]
+	for i, x := range edges {
 		was := in[x.block] > 0 && except[x.block] == 0
 		counts := in
 		if x.except {
@@ -75,7 +74,7 @@ func (e *Engine) decompose(atoms []*atom) []netRange {
 				delete(holds, x.atom)
 			}
 		}
-		if !x.at.IsValid() || len(holds) == 0 || i+1 == len(edges) || compareEdges(x, edges[i+1]) == 0 {
+		if len(holds) == 0 || compareEdges(x, edges[i+1]) == 0 { // nothing holds at the last one
 			continue
 		}
 		out = append(out, netRange{from: x.at, to: before(edges[i+1], x), sig: e.intern(sortedAtoms(holds), nil)})

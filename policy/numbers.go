@@ -30,7 +30,7 @@ func (n *numbers) free(v uint32) { delete(n.used, v) }
 // avoid makes n hand out none of the numbers listed, and greater ones at first, so that
 // what the kernel still has to forget is not soon in its way.
 func (n *numbers) avoid(list func(yield func(uint32))) {
-	n.used, n.cur = map[uint32]struct{}{}, 0
+	*n = numbers{first: n.first, last: n.last, clear: n.clear, used: map[uint32]struct{}{}}
 	list(func(v uint32) {
 		n.used[v] = struct{}{}
 		n.cur = max(n.cur, v)

@@ -86,7 +86,10 @@ func (e *Engine) newProfile(p *profile) *profile {
 		e.activate(t)
 		for _, r := range t.rules {
 			for _, a := range [2]*atom{r.peers, r.notPeers} {
-				if a != nil {
+				if a == nil {
+					continue
+				}
+				if _, ok := a.profiles[p]; !ok {
 					a.profiles[p] = struct{}{}
 					p.atoms = append(p.atoms, a)
 				}
@@ -96,8 +99,6 @@ func (e *Engine) newProfile(p *profile) *profile {
 			}
 		}
 	}
-	slices.SortFunc(p.atoms, compareAtom)
-	p.atoms = slices.Compact(p.atoms)
 	for _, n := range p.anyNames {
 		if e.nameProfiles[n] == nil {
 			e.nameProfiles[n] = map[*profile]struct{}{}

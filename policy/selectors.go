@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"slices"
 )
 
@@ -115,16 +116,8 @@ func (p *pod) live() bool { return !p.HostNetwork && !p.Finished }
 
 // outranks reports whether p's claim to an address beats q's (see Pod.Created).
 func (p *pod) outranks(q *pod) bool {
-	if p.Attached != q.Attached {
-		return p.Attached
-	}
-	if p.Created != q.Created {
-		return p.Created > q.Created
-	}
-	if p.Namespace != q.Namespace {
-		return p.Namespace > q.Namespace
-	}
-	return p.Name.Name > q.Name.Name
+	return cmp.Or(boolDelta(p.Attached)-boolDelta(q.Attached), cmp.Compare(p.Created, q.Created),
+		cmp.Compare(p.Namespace, q.Namespace), cmp.Compare(p.Name.Name, q.Name.Name)) > 0
 }
 
 // resolve finds the number of a named port of p.

@@ -27,7 +27,7 @@ func (pl *plan) splitIdentities() {
 			}
 		}
 		left[g.from] -= g.held
-		if b := best[g.from]; g.neutral && g.sig != nil && g.sig.primary == nil && (b == nil || g.held > b.held) {
+		if b := best[g.from]; g.neutral && g.sig.primary == nil && (b == nil || g.held > b.held) {
 			best[g.from] = g
 		}
 	}
@@ -93,7 +93,7 @@ func (pl *plan) growInPlace(g *moves, rest int) {
 		}
 	}
 	for _, r := range sortedAddresses(members) {
-		stay.list = append(stay.list, move{a: r, wanted: true})
+		stay.list = append(stay.list, move{a: r})
 	}
 	stay.to = e.newIdentity(old)
 	pl.copyRows(g.from, stay.to)

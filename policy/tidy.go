@@ -53,7 +53,6 @@ func (e *Engine) forgetAtoms() {
 		}
 	}
 	forgetNames(e.anyNames)
-	slices.Sort(e.freeAtoms)
 	e.forgetBodies()
 	if len(gone) == 0 {
 		return
@@ -113,7 +112,6 @@ func (e *Engine) mergeIdentities() map[*signature]*identity {
 			i.sig.primary = i
 		}
 	}
-	e.untidy = false // setSignature notices the merges that are being made
 	return winner
 }
 

@@ -68,7 +68,6 @@ func (a *adoption) findShifts() {
 	for i := range a.pieces {
 		r := &a.pieces[i]
 		from := a.netNumber(r.from)
-		r.id = nil
 		if n := e.nets.at(r.from); n != nil {
 			r.id = n.id
 		}
@@ -83,7 +82,12 @@ func (a *adoption) findShifts() {
 		if n := e.nets.at(r.addr); to == nil && n != nil {
 			to = n.id
 		}
-		a.shift(shift{renaming: renaming{from, to}, r: r})
+		p := renaming{from, to}
+		if !ok && r.id == nil { // it goes with its range
+			a.rename(p, true)
+			continue
+		}
+		a.shift(shift{renaming: p, r: r})
 	}
 }
 
@@ -95,11 +99,11 @@ func (a *adoption) netNumber(addr netip.Addr) uint32 {
 	return IdentityOthers
 }
 
-// sortedAddresses are those with an element, now or before.
+// sortedAddresses are those of this node and those with an element, now or before.
 func (a *adoption) sortedAddresses() []*address {
 	all := map[*address]claim{}
 	for _, r := range a.e.addresses {
-		if _, ok := a.kernel[Key{Map: PodID, Addr: r.addr}]; ok || r.id != nil {
+		if _, ok := a.kernel[Key{Map: PodID, Addr: r.addr}]; ok || r.id != nil || r.local {
 			all[r] = claim{}
 		}
 	}
@@ -107,12 +111,16 @@ func (a *adoption) sortedAddresses() []*address {
 }
 
 func (a *adoption) shift(s shift) {
-	local := s.r != nil && s.r.local
-	a.renamings[s.renaming] = a.renamings[s.renaming] || local
-	if n, ok := a.identities[s.to]; !ok || n != s.from {
-		a.changed[s.renaming] = a.renamings[s.renaming]
-	}
+	a.rename(s.renaming, s.r != nil && s.r.local)
 	a.shifts = append(a.shifts, s)
+}
+
+// rename notes that some address changes its identity so.
+func (a *adoption) rename(p renaming, local bool) {
+	a.renamings[p] = a.renamings[p] || local
+	if a.identities[p.to] != p.from {
+		a.changed[p] = a.renamings[p]
+	}
 }
 
 // seen is what the profiles that are left take number i for.
@@ -224,7 +232,7 @@ func (a *adoption) steps() Delta {
 	d.Drops = sortedOps(d.Drops)
 	d.Revokes = len(d.Steps) > 0
 	a.freeNumbers()
-	e.finish(false, nil)
+	e.finish()
 	e.retired = len(d.Drops) > 0
 	return d
 }

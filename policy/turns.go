@@ -52,8 +52,6 @@ func (pl *plan) eachPair(from, to *profile, yield func(i *identity, old, new *cl
 // compare reports whether going from one profile to the other closes or opens anything.
 func (pl *plan) compare(from, to *profile) (closes, opens bool) {
 	switch {
-	case from == nil && to == nil:
-		return false, false
 	case from == nil:
 		return !to.permitsAll(), false
 	case to == nil:

@@ -52,6 +52,8 @@ func TestNumbers(t *testing.T) {
 		}, []uint32{6, 9}},
 		{"bits that stay clear", &numbers{first: 0x10001, last: 0x30000, clear: 0xc000, cur: 0x13ffe, used: map[uint32]struct{}{0x20000: {}}},
 			func(n *numbers) []uint32 { return take(n, 2) }, []uint32{0x13fff, 0x20001}},
+		{"the first number above bits that stay clear", &numbers{first: 0x10001, last: 0x30000, clear: 0xc000, cur: 0x13fff, used: map[uint32]struct{}{}},
+			func(n *numbers) []uint32 { return take(n, 2) }, []uint32{0x20000, 0x20001}},
 		{"the end of a range with clear bits", &numbers{first: 0x10001, last: 0x13fff, clear: 0xc000, cur: 0x13ffe, used: map[uint32]struct{}{0x10001: {}}},
 			func(n *numbers) []uint32 { return take(n, 2) }, []uint32{0x13fff, 0x10002}},
 		{"clear bits are skipped past the end", &numbers{first: 0x10001, last: 0x14fff, clear: 0xc000, cur: 0x13fff, used: map[uint32]struct{}{}},
@@ -522,5 +524,57 @@ func TestPortsInAnyOrder(t *testing.T) {
 	}
 	if ids[0] == nil || ids[0] != ids[1] || ids[0] != ids[2] {
 		t.Errorf("identities %v", ids)
+	}
+}
+
+// TestFreedNumbersOfPeerGroups: the last one too is used again.
+func TestFreedNumbersOfPeerGroups(t *testing.T) {
+	e := NewEngine("")
+	e.lastAtom, e.freeAtoms = 2, []uint32{1}
+	for _, want := range []uint32{1, 3, 4} {
+		if got := e.atomID(); got != want {
+			t.Errorf("number %d, want %d", got, want)
+		}
+	}
+}
+
+func TestFindRange(t *testing.T) {
+	a := netip.MustParseAddr
+	ranges := []rangeValue{{a("10.0.0.4"), a("10.0.0.9"), 4}, {a("10.0.1.0"), a("10.0.1.0"), 5}, {a("fd00::1"), a("fd00::f"), 6}}
+	for addr, want := range map[string]uint32{
+		"10.0.0.3": 0, "10.0.0.4": 4, "10.0.0.9": 4, "10.0.0.10": 0, "10.0.1.0": 5, "10.0.1.1": 0, "::": 0, "fd00::": 0, "fd00::1": 6, "fd00::f": 6, "fd00::10": 0,
+	} {
+		if v, ok := findRange(ranges, a(addr)); v != want || ok != (want != 0) {
+			t.Errorf("%s: %d, %v, want %d", addr, v, ok, want)
+		}
+	}
+}
+
+// TestAdoptedClasses: a number outside of its range is not kept, and content that the
+// engine has none of is one class, however often it is asked for.
+func TestAdoptedClasses(t *testing.T) {
+	e := sample()
+	kernel := Tables{}
+	for k, v := range e.Tables() {
+		switch k.Map {
+		case AccessPort, AccessRange, AccessRest:
+			k.X -= ClassFirst
+		case Access, AccessOthers:
+			v -= ClassFirst
+		}
+		kernel[k] = v
+	}
+	kernel[Key{Map: AccessRest, X: ClassFirst + 99}] = 3
+	f := NewEngine("here")
+	a := &adoption{e: f, kernel: kernel, spans: map[uint32][]span{}, classes: map[string]uint32{}, rows: map[uint32]map[uint32]uint32{7: {8: ClassFirst + 99}}, contents: map[uint32]*class{}}
+	if x, y := a.class(7, 8), a.class(7, 8); x != y {
+		t.Error("a class of the kernel is made twice")
+	}
+	f.Adopt(kernel)
+	f.Replace(e.Cluster())
+	for _, c := range f.classes {
+		if !f.classNumbers.valid(c.num) {
+			t.Errorf("class %x", c.num)
+		}
 	}
 }

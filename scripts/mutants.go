@@ -164,8 +164,9 @@ func (f *finder) add(n ast.Node, m mutant, before, after string, more ...edit) {
 	m.typed = slices.Contains([]string{"number", "left out", "branch"}, m.operator) || strings.HasPrefix(m.operator, "arithmetic")
 	m.file, m.function, m.line = f.file, f.function, f.fset.Position(n.Pos()).Line
 	m.from, m.to = f.offset(n.Pos()), f.offset(n.End())
-	m.nth = f.seen[m.id()]
-	f.seen[m.id()]++
+	id := m.id()
+	m.nth = f.seen[id]
+	f.seen[id]++
 	m.edits = func(number int) []edit {
 		fill := func(s string) string { return strings.ReplaceAll(s, "@", strconv.Itoa(number)) }
 		out := []edit{{at: m.from, text: fill(before)}}
