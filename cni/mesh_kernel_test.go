@@ -2,6 +2,7 @@ package cni
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -53,6 +54,23 @@ func TestKernelMesh(t *testing.T) {
 			l.idle()
 			l.talkAll()
 		})
+	}
+}
+
+// A port and a VNI of the user's are those of the device, and of the packets between the nodes.
+func TestKernelMeshPortAndVNI(t *testing.T) {
+	const port, vni = 6000, 77
+	l := newLab(t, labShape{links: []int{1, 2, 3}, nodes4: true, pods4: true}, MeshConfig{Port: port, VNI: vni})
+	stop := l.router.sniff(func(f []byte) bool { // Ethernet, IPv4, UDP, VXLAN
+		return len(f) > 50 && f[14] == 0x45 && f[23] == unix.IPPROTO_UDP && binary.BigEndian.Uint16(f[36:]) == port && binary.BigEndian.Uint32(f[46:]) == vni<<8
+	})
+	l.set()
+	l.talkAll()
+	if frames, hits := stop(); hits == 0 {
+		t.Errorf("none of %d frames was to port %d with VNI %d", frames, port, vni)
+	}
+	if d := l.nodes[0].link(VXLANDevice4).(*netlink.Vxlan); d.Port != port || d.VxlanId != vni {
+		t.Errorf("the device has port %d and VNI %d", d.Port, d.VxlanId)
 	}
 }
 
