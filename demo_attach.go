@@ -51,7 +51,7 @@ type attachedPod struct {
 }
 
 // agentPatience bounds every wait for the agent; an emulated machine may need half of it.
-const agentPatience = time.Minute
+const agentPatience = 3 * time.Minute
 
 // newDemoNode makes the node called name and a host outside with these addresses.
 func newDemoNode(name string, outside map[string][]netip.Addr) (*demoNode, error) {
