@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"net/http"
@@ -37,6 +36,8 @@ type Flow struct {
 	// Policy is what decides such a flow now: namespace/name and rule, or the isolating
 	// policies of a denial.
 	Policy string `json:"policy,omitempty"`
+	// Changed: policy judges such a flow otherwise now than it was judged then.
+	Changed bool `json:"changed,omitempty"`
 }
 
 // Flows is a part of the ring.
@@ -122,125 +123,6 @@ func (l *flowLog) since(seq uint64, limit int) (raw []rawFlow, out Flows, change
 	}
 	out.Next, out.Lost, out.SampledOneIn = l.next-1, l.lost, l.oneIn
 	return raw, out, l.changed
-}
-
-// namer names the ends of flows and what decides them, from a cluster that is renewed at
-// most once a second: the ring must not make pods wait.
-type namer struct {
-	mu      sync.Mutex
-	loop    *loop
-	at      time.Time
-	commits uint64
-	named   *named
-}
-
-// named is one version of the cluster. Deciding a flow walks every policy, and
-// connections repeat, so answers are remembered.
-type named struct {
-	oracle *policy.Oracle
-	mu     sync.Mutex
-	memo   map[rawFlow]string // at and clientPort left zero
-}
-
-const (
-	namerAge  = time.Second
-	namerMemo = 1 << 14
-)
-
-func (n *namer) current(ctx context.Context) (*named, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.named != nil && time.Since(n.at) < namerAge {
-		return n.named, nil
-	}
-	var c *policy.Cluster
-	err := n.loop.do(ctx, func() {
-		if n.named == nil || n.loop.commits.total != n.commits {
-			n.commits, c = n.loop.commits.total, n.loop.inv.cluster()
-		}
-	})
-	if err != nil {
-		return nil, err
-	}
-	if c != nil {
-		n.named = &named{oracle: policy.NewOracle(c, n.loop.cfg.Node), memo: map[rawFlow]string{}}
-	}
-	n.at = time.Now()
-	return n.named, nil
-}
-
-// concerns reports whether an end of r is a pod of node.
-func (n *named) concerns(node string, r rawFlow) bool {
-	for _, a := range []netip.Addr{r.flow.Src, r.flow.Dst} {
-		if p := n.oracle.Owner(a); p != nil && p.Node == node {
-			return true
-		}
-	}
-	return r.denied
-}
-
-// describe is the Flow of r.
-func (n *named) describe(r rawFlow, seq uint64) Flow {
-	f := Flow{Seq: seq, At: r.at, Verdict: "allowed", Protocol: cmp.Or(ProtocolName(r.flow.Protocol), strconv.Itoa(int(r.flow.Protocol))),
-		Src: netip.AddrPortFrom(r.flow.Src, r.clientPort), Dst: netip.AddrPortFrom(r.flow.Dst, r.flow.Port)}
-	if p := n.oracle.Owner(r.flow.Src); p != nil {
-		f.SrcPod = p.Name.String()
-	}
-	if p := n.oracle.Owner(r.flow.Dst); p != nil {
-		f.DstPod = p.Name.String()
-	}
-	if r.denied {
-		f.Verdict = "denied"
-	}
-	f.Policy = n.decides(r)
-	return f
-}
-
-func (n *named) decides(r rawFlow) string {
-	key := rawFlow{flow: r.flow, denied: r.denied}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if text, ok := n.memo[key]; ok {
-		return text
-	}
-	if len(n.memo) >= namerMemo {
-		clear(n.memo)
-	}
-	text := Decider(n.oracle.Evaluate(r.flow), r.denied)
-	n.memo[key] = text
-	return text
-}
-
-// Decider names what a verdict rests on: the first direction that denies or, of an allowed
-// connection, that a policy decides. "" where none does.
-func Decider(v policy.Verdict, denied bool) string {
-	for _, d := range []policy.Decision{v.Egress, v.Ingress} {
-		if (d.Action == policy.Allow) == denied {
-			continue
-		}
-		if text := decider(d); text != "" {
-			return text
-		}
-	}
-	return ""
-}
-
-// decider names what a decision rests on, "" for none.
-func decider(d policy.Decision) string {
-	switch d.Reason {
-	case policy.RuleMatched:
-		return d.Policy.String() + " rule " + strconv.Itoa(d.Rule)
-	case policy.Isolated:
-		text := ""
-		for i, id := range d.Isolating {
-			if i > 0 {
-				text += ","
-			}
-			text += id.String()
-		}
-		return text
-	}
-	return ""
 }
 
 // ProtocolName is the protocol as Kubernetes writes it, "" for one that it does not name.

@@ -122,13 +122,21 @@ func (w *flowWatch) connection(m netlink.Message) {
 		w.log.lose()
 		return
 	}
-	o, r := e.Flow.TupleOrig, e.Flow.TupleReply
-	f := rawFlow{at: time.Now(), clientPort: o.Proto.SourcePort, flow: policy.Flow{Src: o.IP.SourceAddress.Unmap(),
-		Dst: r.IP.SourceAddress.Unmap(), Protocol: policy.Protocol(o.Proto.Protocol), Port: r.Proto.SourcePort}}
-	if f.flow.Protocol == policy.ICMP || f.flow.Protocol == policy.ICMPv6 {
-		f.flow.Port, f.clientPort = uint16(o.Proto.ICMPType)<<8|uint16(o.Proto.ICMPCode), o.Proto.ICMPID
+	r := rawFlow{at: time.Now()}
+	r.flow, r.clientPort = originalFlow(e.Flow)
+	w.log.add(r)
+}
+
+// originalFlow is what policy judges of a connection, and its client's port: after a
+// Service's DNAT, before any SNAT. For ICMP the port is the identifier.
+func originalFlow(c *conntrack.Flow) (f policy.Flow, clientPort uint16) {
+	o, r := c.TupleOrig, c.TupleReply
+	f = policy.Flow{Src: o.IP.SourceAddress.Unmap(), Dst: r.IP.SourceAddress.Unmap(), Protocol: policy.Protocol(o.Proto.Protocol), Port: r.Proto.SourcePort}
+	if f.Protocol == policy.ICMP || f.Protocol == policy.ICMPv6 {
+		f.Port = uint16(o.Proto.ICMPType)<<8 | uint16(o.Proto.ICMPCode)
+		return f, o.Proto.ICMPID
 	}
-	w.log.add(f)
+	return f, o.Proto.SourcePort
 }
 
 // sampler keeps the rate of events that reach this process near watchedPerSecond.

@@ -33,6 +33,11 @@ func newFlowWatch(l *loop, log *slog.Logger) *flowWatch {
 // denials follows the nflog groups of the ruleset until ctx ends, and calls listening when
 // it has begun. The messages are sampled by the ruleset: the denied sets count all.
 func (w *flowWatch) denials(ctx context.Context, listening func()) error {
+	known, err := newConnectionLookup()
+	if err != nil {
+		return err
+	}
+	defer known.close()
 	for _, group := range []uint16{nft.LogGroupDenied, nft.LogGroupRule} {
 		c, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: 128, QThresh: 1})
 		if err != nil {
@@ -43,7 +48,7 @@ func (w *flowWatch) denials(ctx context.Context, listening func()) error {
 			return fmt.Errorf("set up nflog: %w", err)
 		}
 		rule := group == nft.LogGroupRule
-		hook := func(a nflog.Attribute) int { w.denial(a, rule); return 0 }
+		hook := func(a nflog.Attribute) int { w.denial(a, rule, known); return 0 }
 		failed := func(err error) int {
 			var timeout net.Error
 			if ctx.Err() == nil && !(errors.As(err, &timeout) && timeout.Timeout()) {
@@ -60,14 +65,32 @@ func (w *flowWatch) denials(ctx context.Context, listening func()) error {
 	return nil
 }
 
-func (w *flowWatch) denial(a nflog.Attribute, rule bool) {
+// denial takes a logged packet; known has the connections there are.
+func (w *flowWatch) denial(a nflog.Attribute, rule bool, known *connectionLookup) {
 	if a.Payload == nil || rule && (a.Prefix == nil || *a.Prefix != "deny") {
 		return // what a policy allows and logs comes from conntrack as well
 	}
-	f, clientPort := packetFlow(*a.Payload)
-	if f.Src.IsValid() {
-		w.log.add(rawFlow{at: time.Now(), flow: f, clientPort: clientPort, denied: true})
+	r := rawFlow{denied: true}
+	r.flow, r.clientPort = packetFlow(*a.Payload)
+	if !r.flow.Src.IsValid() {
+		return
 	}
+	r.flow, r.clientPort = ofConnection(known, r.flow, r.clientPort)
+	r.at = time.Now()
+	w.log.add(r)
+}
+
+// ofConnection is the connection that a denied packet belongs to: when a change of policy
+// cuts one, the next packet may be its server's. A connection that was never allowed is in no
+// table, and the packet says what it is. (NFULA_CT would spare the question; kernels
+// without CONFIG_NETFILTER_NETLINK_GLUE_CT refuse it.)
+func ofConnection(known *connectionLookup, f policy.Flow, sourcePort uint16) (policy.Flow, uint16) {
+	if f.Protocol == policy.TCP || f.Protocol == policy.UDP || f.Protocol == policy.SCTP {
+		if c, found := known.of(f, sourcePort); found {
+			return originalFlow(c)
+		}
+	}
+	return f, sourcePort
 }
 
 // packetFlow reads the flow and the source port of a packet from its network header on;

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/cni"
 	"github.com/nftcni/nftcni/nft"
@@ -118,7 +119,7 @@ func newPodLinks(links []netlink.Link, list []cni.Attachment) podLinks {
 		switch {
 		case !known[n]:
 			p.stale = append(p.stale, n)
-		case l.Attrs().OperState != netlink.OperUp:
+		case !isUp(l):
 			p.down = append(p.down, n)
 		default:
 			p.up[n] = l.Attrs().Index
@@ -126,6 +127,10 @@ func newPodLinks(links []netlink.Link, list []cni.Attachment) podLinks {
 	}
 	return p
 }
+
+// isUp: the link is up at both ends. The kernel says so in the operational state too, but up
+// to a second later.
+func isUp(l netlink.Link) bool { return l.Attrs().RawFlags&unix.IFF_LOWER_UP != 0 }
 
 // checkLinks compares the pods' links and routes with the attachments and the uplink.
 func (s *session) checkLinks(ctx context.Context) []Finding {

@@ -49,7 +49,7 @@ func (s *session) kernelFlows(ctx context.Context, snap agent.Snapshot) (agent.F
 	list, _ := denials.([]nft.Denial)
 	for _, d := range list {
 		f := n.flow(policy.Flow{Src: d.Src, Dst: d.Dst}, 0, true, "")
-		f.Policy = n.drop(d).Policies
+		f.Policy, f.Changed = n.drop(d).Policies, false
 		out.Flows = append(out.Flows, f)
 	}
 	slices.SortFunc(out.Flows, func(a, b agent.Flow) int {
@@ -80,6 +80,7 @@ func (n names) flow(f policy.Flow, clientPort uint16, denied bool, protocol stri
 	if denied {
 		out.Verdict = "denied"
 	}
-	out.Policy = agent.Decider(n.oracle.Evaluate(f), denied)
+	v := n.oracle.Evaluate(f)
+	out.Policy, out.Changed = agent.Decider(v), v.Allowed == denied
 	return out
 }

@@ -79,7 +79,7 @@ func (p *Path) route(dst netip.Addr) netip.Addr {
 		p.Route = "this node itself"
 		return netip.Addr{}
 	}
-	if link.Attrs().OperState == netlink.OperDown {
+	if !isUp(link) {
 		p.Notes = append(p.Notes, "interface "+p.Interface+" is down")
 	}
 	return next

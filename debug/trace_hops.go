@@ -21,7 +21,9 @@ type tracer struct {
 	why    *reasons
 	places map[nft.RuleID]nft.RulePlace
 	links  map[uint32]string
-	flows  map[uint32]policy.Flow // by packet, of those that were asked for
+	live   func() ([]connection, error) // conntrack's connections
+	flows  map[uint32]policy.Flow       // by packet, of those that were asked for
+	answer map[uint32]bool              // packets that the server of a connection sent
 
 	packets          int // how many are wanted; 0: no end
 	started, dropped int
@@ -35,6 +37,7 @@ func (t *tracer) allDropped() bool { return t.packets > 0 && t.dropped >= t.pack
 func (t *tracer) step(s nft.TraceStep) (Hop, bool) {
 	if marks := s.Table == nft.TraceTable && s.Rule != 0; marks { // the first step of every packet
 		delete(t.flows, s.Packet)
+		delete(t.answer, s.Packet)
 		if !t.allBegun() {
 			t.started++
 			t.flows[s.Packet] = policy.Flow{}
@@ -42,6 +45,9 @@ func (t *tracer) step(s nft.TraceStep) (Hop, bool) {
 	}
 	if _, wanted := t.flows[s.Packet]; !wanted {
 		return Hop{}, false
+	}
+	if s.Table == nft.TableName && s.Verdict == "goto decide_reply" {
+		t.answer[s.Packet] = true
 	}
 	h := t.hop(s)
 	if h.Verdict == "drop" {
@@ -97,9 +103,9 @@ func (t *tracer) meaning(s nft.TraceStep) string {
 	case s.Chain == "forward" && s.Verdict == "accept" && !s.Policy:
 		return "a connection that the policy in force has already allowed"
 	case s.Chain == "denied" && s.Verdict == "drop":
-		return "denied: " + t.verdict(t.flows[s.Packet])
+		return "denied: " + t.verdict(s.Packet)
 	case s.Verdict == "goto allowed":
-		return "allowed: " + t.verdict(t.flows[s.Packet])
+		return "allowed: " + t.verdict(s.Packet)
 	case s.Chain == "from_pod" && s.Verdict == "drop":
 		return "the source address is not the pod's: spoofed, or the pod is not attached any more"
 	case s.Chain == "to_pod" && s.Verdict == "drop":
@@ -116,14 +122,35 @@ func (t *tracer) meaning(s nft.TraceStep) string {
 	return ""
 }
 
-// verdict is both directions' reasons for the packet's flow.
-func (t *tracer) verdict(f policy.Flow) string {
+// verdict is both directions' reasons for the packet's flow. What the server sends is judged
+// as its connection is, when it is judged: a change of policy may come between two packets.
+func (t *tracer) verdict(packet uint32) string {
+	f, of := t.flows[packet], ""
+	if t.answer[packet] {
+		if c, found := t.connection(f); found {
+			f, of = c, fmt.Sprintf("it answers %s -> %s %s; ", t.names.of(c.Src), t.names.of(c.Dst), flowView(c).service())
+		}
+	}
 	v := policy.EvaluateAll(t.snap.Cluster, t.snap.Node, f)
 	a := Answer{Allowed: v.Allowed, Egress: t.why.side(v.Egress, policy.Egress, f), Ingress: t.why.side(v.Ingress, policy.Ingress, f)}
 	if text := decidedBy(a); text != "" {
-		return text
+		return of + text
 	}
-	return "no policy selects either end here"
+	return of + "no policy selects either end here"
+}
+
+// connection is what conntrack holds of the connection whose server sent a packet of flow f.
+func (t *tracer) connection(f policy.Flow) (policy.Flow, bool) {
+	live, err := t.live()
+	if err != nil {
+		return f, false // the packet's own flow is named
+	}
+	for _, c := range live {
+		if c.flow.Src == f.Dst && c.flow.Dst == f.Src && c.flow.Protocol == f.Protocol && c.clientPort == f.Port {
+			return c.flow, true
+		}
+	}
+	return f, false
 }
 
 func (t *tracer) link(index uint32) string {
