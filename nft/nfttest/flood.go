@@ -80,8 +80,9 @@ func (h *Host) Sink(addr netip.Addr, port uint16) *Sink {
 func (s *Sink) Total() int64 {
 	for last := int64(-1); last != s.Received.Load(); {
 		last = s.Received.Load()
-		timer := time.NewTimer(patience())
-		<-timer.C
+		quiet := make(chan struct{})
+		silence(func() { close(quiet) })
+		<-quiet
 	}
 	_ = s.conn.Close()
 	<-s.done
@@ -106,7 +107,11 @@ func (h *Host) Flood(to netip.AddrPort, perSecond int, stop <-chan struct{}) (se
 		case <-ticker.C:
 		}
 		for due := int64(time.Since(began).Seconds() * float64(perSecond)); f.sent < due && !stopped(stop); { // a slow machine never catches up
-			if err := f.send(int(min(due-f.sent, batch))); err != nil {
+			err := f.send(int(min(due-f.sent, batch)))
+			if errors.Is(err, unix.ENOBUFS) { // what was sent is still queued
+				break
+			}
+			if err != nil {
 				return f.sent, err
 			}
 		}
