@@ -95,14 +95,19 @@ func nodeListens(t *testing.T, w *world, a string, port uint16) {
 	}()
 }
 
-// hears is the first word that comes when from connects, "" if there is none in half a second.
-func hears(from *nfttest.Host, to netip.AddrPort) string {
+// hears is the first word that comes when from connects, "" if there is none in half a second, or in ten where one is
+// wanted.
+func hears(from *nfttest.Host, to netip.AddrPort, wanted bool) string {
 	c := from.Connect(to)
 	if c == nil {
 		return "refused"
 	}
 	defer c.Close()
-	_ = c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	patience := 500 * time.Millisecond
+	if wanted {
+		patience = 10 * time.Second
+	}
+	_ = c.SetReadDeadline(time.Now().Add(patience))
 	b := make([]byte, 4)
 	n, _ := io.ReadFull(c, b)
 	return string(b[:n])
@@ -119,7 +124,7 @@ func TestKernelHostPortNeighbours(t *testing.T) {
 	nodeListens(t, w, "2001:db8:1::1", 8080)
 	nodes := []string{"198.51.100.1", "2001:db8:1::1"}
 	for _, node := range nodes {
-		if got := hears(w.client, at(node, 8080)); got != "node" {
+		if got := hears(w.client, at(node, 8080), true); got != "node" {
 			t.Errorf("before: %s answered %q, want the node's socket", node, got)
 		}
 	}
@@ -127,13 +132,13 @@ func TestKernelHostPortNeighbours(t *testing.T) {
 	r := apply(t, w.table, nft.Change{HostPorts: webPorts()})
 	finish(t, w.table, r)
 	for _, node := range nodes {
-		if got := hears(w.client, at(node, 8080)); got != "" {
+		if got := hears(w.client, at(node, 8080), false); got != "" {
 			t.Errorf("%s answered %q, want the pod's silence", node, got)
 		}
 		want(t, "the pod answers at "+node, w.client.TCP(at(node, 8080)), true)
 	}
 	b := make([]byte, 4)
-	_ = live.SetReadDeadline(time.Now().Add(time.Second))
+	_ = live.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := io.ReadFull(live, b); err != nil || string(b) != "node" {
 		t.Errorf("the connection to the node's socket that lives: %q, %v", b, err)
 	}
@@ -153,7 +158,7 @@ func TestKernelHostPortNeighbours(t *testing.T) {
 	want(t, "outside, without the Service", w.outside.TCP(at("198.51.100.1", 8080)), false)
 	apply(t, w.table, nft.Change{HostPorts: []nft.HostPort{}})
 	for _, node := range nodes {
-		if got := hears(w.client, at(node, 8080)); got != "node" {
+		if got := hears(w.client, at(node, 8080), true); got != "node" {
 			t.Errorf("after: %s answered %q, want the node's socket", node, got)
 		}
 	}

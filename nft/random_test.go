@@ -307,7 +307,7 @@ func TestKernelRandomClusters(t *testing.T) {
 
 // await waits for what must arrive, and a moment for what must not.
 func (n *randomNode) await(want map[probe]bool) {
-	deadline := time.Now().Add(3 * time.Second)
+	deadline := time.Now().Add(20 * time.Second)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for missing := true; missing && time.Now().Before(deadline); {

@@ -138,7 +138,11 @@ func TestKernelExtensionHeaders(t *testing.T) {
 			if _, err := conn.Write(big); err != nil {
 				t.Fatal(err)
 			}
-			_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+			patience := time.Second
+			if c.want {
+				patience = 10 * time.Second
+			}
+			_ = conn.SetReadDeadline(time.Now().Add(patience))
 			n, _ := conn.Read(make([]byte, 5000))
 			want(t, c.from.Name+" fragments to "+a, n == 4000, c.want)
 		}
@@ -170,7 +174,7 @@ func TestKernelRevokePush(t *testing.T) {
 	if err := sendRaw(w.server, push); err != nil {
 		t.Fatal(err)
 	}
-	_ = conn.SetReadDeadline(time.Now().Add(2 * time.Second))
+	_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := conn.Read(make([]byte, 64)); err != nil {
 		t.Errorf("push of a flow that is allowed again: %v", err)
 	}

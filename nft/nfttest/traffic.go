@@ -1,25 +1,16 @@
 package nfttest
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// patience is how long a probe waits before silence counts as an answer. NFTCNI_PATIENCE, a duration, changes it for
-// slow machines.
-func patience() time.Duration {
-	if d, err := time.ParseDuration(os.Getenv("NFTCNI_PATIENCE")); err == nil && d > 0 {
-		return d
-	}
-	return 300 * time.Millisecond
-}
 
 // EchoTCP answers every byte on a TCP port of the host until the test ends.
 func (h *Host) EchoTCP(addr netip.Addr, port uint16) {
@@ -84,8 +75,11 @@ func (h *Host) EchoUDP(addr netip.Addr, port uint16) {
 func (h *Host) Connect(to netip.AddrPort) net.Conn {
 	var c net.Conn
 	_ = h.Do(func() error {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		defer silence(cancel)()
 		var err error
-		c, err = (&net.Dialer{Timeout: patience()}).Dial("tcp", to.String())
+		c, err = new(net.Dialer).DialContext(ctx, "tcp", to.String())
 		if err != nil {
 			c = nil
 		}
@@ -118,7 +112,8 @@ func Answers(c net.Conn) bool {
 	if _, err := c.Write(message); err != nil {
 		return false
 	}
-	_ = c.SetReadDeadline(time.Now().Add(patience()))
+	_ = c.SetReadDeadline(time.Time{})
+	defer silence(func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })()
 	b := make([]byte, 64)
 	for {
 		n, err := c.Read(b)
@@ -188,9 +183,14 @@ func ping(to netip.Addr) (bool, error) {
 		return false, fmt.Errorf("set timeout: %w", err)
 	}
 	b := make([]byte, 256)
-	for {
+	for slow := false; ; {
 		n, _, err := unix.Recvfrom(fd, b, 0)
 		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if errors.Is(err, unix.EAGAIN) && !slow {
+			slow = true
+			roundTrips(context.Background())
 			continue
 		}
 		if err != nil {
