@@ -89,9 +89,10 @@ func (a *adoption) read() {
 	}
 	for n, r := range rest {
 		key := classKey(uint8(r), a.spans[n])
-		if old, ok := a.classes[key]; !ok || n < old {
-			a.classes[key] = n
+		if old, ok := a.classes[key]; ok {
+			n = min(n, old)
 		}
+		a.classes[key] = n
 	}
 }
 

@@ -26,6 +26,24 @@ func TestAdopt(t *testing.T) {
 			return e.Cluster()
 		}, adoption{exact: true, twins: true}},
 		{"another cluster", func(f *follower, _ policy.Tables, c *policy.Cluster) *policy.Cluster { return f.g.Cluster() }, adoption{exact: true, twins: true}},
+		{"drops that were not made", func(f *follower, kernel policy.Tables, _ *policy.Cluster) *policy.Cluster {
+			class, identity, profile := policy.ClassFirst, policy.IdentityFirst, policy.EgressProfileFirst
+			for k, v := range kernel {
+				switch k.Map {
+				case policy.AccessRest:
+					class = max(class, k.X)
+				case policy.PodID:
+					identity = max(identity, v)
+				case policy.EgressProfile:
+					profile = max(profile, v)
+				}
+			}
+			kernel[policy.Key{Map: policy.AccessOthers, X: profile + 1}] = class + 1
+			kernel[policy.Key{Map: policy.Access, X: profile + 1, Y: identity + 1}] = class + 1
+			kernel[policy.Key{Map: policy.AccessRest, X: class + 1}] = policy.CodeDenyLog
+			kernel[policy.Key{Map: policy.AccessRest, X: class + 2}] = policy.CodeAllowLog
+			return f.g.Cluster()
+		}, adoption{exact: true, twins: true}},
 		{"corrupted kernel", func(f *follower, kernel policy.Tables, c *policy.Cluster) *policy.Cluster {
 			for k, v := range maps.Clone(kernel) {
 				switch f.r.IntN(10) {

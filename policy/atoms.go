@@ -216,7 +216,6 @@ func peerKey(p Peer) string {
 	if p.Pods.Namespace != "" {
 		b.WriteString("n" + p.Pods.Namespace)
 	} else {
-		b.WriteString("s")
 		writeSelector(&b, p.Pods.Namespaces)
 	}
 	b.WriteString("\x02")

@@ -136,7 +136,7 @@ func (a *adoption) findCrossings() {
 			return
 		}
 		a.crossings = append(a.crossings, crossing{key, from, to, r})
-		if from != 0 && !slices.Contains(a.left, from) {
+		if !slices.Contains(a.left, from) { // 0 has no rows
 			a.left = append(a.left, from)
 		}
 	}
@@ -160,13 +160,12 @@ func (a *adoption) findCrossings() {
 		}
 	}
 	slices.SortFunc(a.crossings, func(x, y crossing) int { return compareKey(x.key, y.key) })
-	slices.Sort(a.left)
 }
 
 // meet makes the profile that allows what both allow, and appends its elements.
 func (a *adoption) meet(c crossing, ops *[]Op) *profile {
 	e := a.e
-	m := &profile{dir: directionOf(c.key.Map), users: 1}
+	m := &profile{dir: directionOf(c.key.Map)}
 	e.numberProfile(m)
 	write := func(k *class) {
 		if !k.written {

@@ -120,8 +120,8 @@ func NewEngine(node string) *Engine {
 	const marks = 0xc000 // kube-proxy's, see the number ranges in tables.go
 	e.identityNumbers = numbers{first: IdentityFirst, last: IdentityLast, used: map[uint32]struct{}{}}
 	e.classNumbers = numbers{first: ClassFirst, last: ClassLast, used: map[uint32]struct{}{}}
-	e.ingressNumbers = numbers{first: IngressProfileFirst, last: 0x2fff_3fff, clear: marks, used: map[uint32]struct{}{}}
-	e.egressNumbers = numbers{first: EgressProfileFirst, last: 0x1fff_3fff, clear: marks, used: map[uint32]struct{}{}}
+	e.ingressNumbers = numbers{first: IngressProfileFirst, last: IngressProfileLast, clear: marks, used: map[uint32]struct{}{}}
+	e.egressNumbers = numbers{first: EgressProfileFirst, last: EgressProfileLast, clear: marks, used: map[uint32]struct{}{}}
 	return e
 }
 
@@ -140,9 +140,7 @@ func (e *Engine) Apply(events ...Event) Delta {
 func (e *Engine) Replace(c *Cluster) Delta {
 	pods, policies := make(map[Name]struct{}, len(c.Pods)), make(map[PolicyID]struct{}, len(c.Policies))
 	namespaces, nodes := map[string]struct{}{}, map[string]struct{}{}
-	if len(e.pods)+len(e.addresses)+len(e.policies) == 0 { // maps that grew have more room to spare
-		e.pods, e.addresses, e.policies = make(map[Name]*pod, len(c.Pods)), make(map[netip.Addr]*address, len(c.Pods)), make(map[PolicyID]*selected, len(c.Policies))
-	}
+	e.pods, e.addresses, e.policies = roomFor(e.pods, len(c.Pods)), roomFor(e.addresses, len(c.Pods)), roomFor(e.policies, len(c.Policies))
 	for i := range c.Namespaces {
 		namespaces[c.Namespaces[i].Name] = struct{}{}
 		e.takeNamespace(&c.Namespaces[i], false)
@@ -183,6 +181,15 @@ func (e *Engine) Replace(c *Cluster) Delta {
 		return e.adopt()
 	}
 	return e.settle()
+}
+
+// roomFor is m when it holds anything, or an empty map for n: one that grew has more room
+// to spare.
+func roomFor[K comparable, V any](m map[K]V, n int) map[K]V {
+	if len(m) == 0 {
+		return make(map[K]V, n)
+	}
+	return m
 }
 
 func (e *Engine) take(ev Event) {

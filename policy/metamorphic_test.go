@@ -517,3 +517,34 @@ func TestSplitsMoveTheFewer(t *testing.T) {
 		}
 	}
 }
+
+// TestBlocksAsWritten: a block may be written with bits behind its prefix, and a pod that
+// a rule names twice, by labels and by a block, is like one that only the block holds.
+func TestBlocksAsWritten(t *testing.T) {
+	s := policytest.Shape{Pods: 20, Namespaces: 1, Local: 1}
+	c := s.Cluster()
+	c.Policies = []policy.Policy{networkPolicy("ns0", "blocks", policy.Selector{}, policy.Ingress, policy.Rule{Peers: []policy.Peer{
+		{Block: &policy.Block{CIDR: netip.MustParsePrefix("10.0.0.14/29"), Except: []netip.Prefix{netip.MustParsePrefix("10.0.0.11/31")}}},
+		{Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Values: []string{"app2", "app4"}}}}}},
+	}})}
+	tables := policy.Compile(c, "here").Tables
+	lookup := tables.Index()
+	both := 0
+	for _, p := range c.Pods[1:] {
+		f := policy.Flow{Src: p.Addrs[0], Dst: c.Pods[0].Addrs[0], Protocol: policy.TCP, Port: 80}
+		if got, want := policy.DecideWith(lookup, f).Allowed, policy.Evaluate(c, "here", f).Allowed; got != want {
+			t.Errorf("%v: tables %v, oracle %v", f.Src, got, want)
+		}
+		_, ranged := lookup(policy.Key{Map: policy.NetID, Addr: p.Addrs[0]})
+		_, single := lookup(policy.Key{Map: policy.PodID, Addr: p.Addrs[0]})
+		if ranged {
+			both++
+		}
+		if ranged && single {
+			t.Errorf("%v has an element, and its range says the same", p.Addrs[0])
+		}
+	}
+	if both != 6 {
+		t.Errorf("%d pods are in the block, want 6", both)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/nftcni/nftcni/policy"
@@ -180,55 +181,92 @@ func TestMeetsAreFew(t *testing.T) {
 	one := netip.PrefixFrom(policytest.Address(1, false), 32)
 	other := netip.MustParsePrefix("10.9.0.0/24")
 	in, out := policy.Ingress, policy.Egress
-	pods := []policy.Pod{pod(1), pod(2), pod(3), pod(4)}
+	pods := []policy.Pod{pod(1), pod(2), pod(3), pod(4), pod(5)}
+	kept := ports(5, in, 90, 90)
 	named := []policy.Policy{peers(2, in, from("from")), peers(1, out, from("to"))}
 	for _, tc := range []struct {
 		name     string
 		was, is  policy.Cluster
-		pause    bool
+		pause    [2]bool
 		profiles [2]int // fresh ones: of events, of an adoption
 	}{
 		{
 			"ports in both directions",
-			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 80, 80), ports(2, in, 80, 80), ports(3, out, 80, 80), ports(4, in, 80, 81)}},
-			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 81, 81), ports(2, in, 80, 81), ports(3, out, 80, 81), ports(4, in, 80, 80)}},
-			true, [2]int{5, 5},
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 80, 80), ports(2, in, 80, 80), ports(3, out, 80, 80), ports(4, in, 80, 81), kept}},
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 81, 81), ports(2, in, 80, 81), ports(3, out, 80, 81), ports(4, in, 80, 80), kept}},
+			[2]bool{true, true}, [2]int{5, 5},
 		},
 		{
 			"ports in one direction",
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 80, 80), ports(2, in, 80, 80), ports(4, in, 80, 81)}},
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 81, 81), ports(2, in, 80, 81), ports(4, in, 80, 80)}},
-			false, [2]int{3, 3},
+			[2]bool{}, [2]int{3, 3},
 		},
 		{
 			"labels that close ingress and open egress",
 			policy.Cluster{Pods: []policy.Pod{pod(1, "from"), pod(2)}, Policies: named},
 			policy.Cluster{Pods: []policy.Pod{pod(1), pod(2, "to")}, Policies: named},
-			true, [2]int{2, 2},
+			[2]bool{true, true}, [2]int{2, 2},
 		},
 		{
 			"labels that open both",
 			policy.Cluster{Pods: []policy.Pod{pod(1), pod(2)}, Policies: named},
 			policy.Cluster{Pods: []policy.Pod{pod(1, "from"), pod(2, "to")}, Policies: named},
-			false, [2]int{0, 0},
+			[2]bool{}, [2]int{0, 0},
 		},
 		{
 			"isolation in both directions",
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, in, 80, 80)}},
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, in, 80, 80), peers(1, in), peers(2, out)}},
-			false, [2]int{2, 2},
+			[2]bool{}, [2]int{2, 2},
 		},
 		{
 			"its end",
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, in, 80, 80), peers(1, in), peers(2, out)}},
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, in, 80, 80)}},
-			false, [2]int{0, 0},
+			[2]bool{}, [2]int{0, 0},
+		},
+		{
+			"a pod that comes isolated, while egress of another opens",
+			policy.Cluster{Pods: pods[1:], Policies: []policy.Policy{peers(1, in), peers(2, out)}},
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in), peers(2, out, policy.Rule{})}},
+			[2]bool{false, true}, [2]int{2, 2},
+		},
+		{
+			"a pod that goes and was isolated, while egress of another closes",
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in), peers(2, out, policy.Rule{})}},
+			policy.Cluster{Pods: pods[1:], Policies: []policy.Policy{peers(1, in), peers(2, out)}},
+			[2]bool{}, [2]int{1, 1},
+		},
+		{
+			"a pod that comes is allowed, while egress of another closes",
+			policy.Cluster{Pods: []policy.Pod{pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("from")), peers(3, out, policy.Rule{})}},
+			policy.Cluster{Pods: []policy.Pod{pod(1, "from"), pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("from")), peers(3, out)}},
+			[2]bool{false, true}, [2]int{1, 2},
+		},
+		{
+			"a pod moves while the profile of another changes",
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in, from("from"))}},
+			policy.Cluster{Pods: []policy.Pod{pod(1), pod(2), pod(3), pod(4, "from"), pod(5)}, Policies: []policy.Policy{peers(1, in, from("from")), peers(3, in)}},
+			[2]bool{}, [2]int{1, 1},
+		},
+		{
+			"a fresh profile knows a pod by its new label, while egress of another closes",
+			policy.Cluster{Pods: []policy.Pod{pod(1, "a"), pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("a"), from("c")), peers(3, out, policy.Rule{})}},
+			policy.Cluster{Pods: []policy.Pod{pod(1, "c"), pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("c")), peers(3, out)}},
+			[2]bool{}, [2]int{2, 1},
+		},
+		{
+			"a block goes",
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in), peers(1, out, block(other.String()))}},
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in), peers(1, out)}},
+			[2]bool{}, [2]int{1, 0},
 		},
 		{
 			"a block that held a pod, and ingress that opens",
 			policy.Cluster{Pods: pods[:2], Policies: []policy.Policy{peers(2, out, block(one.String())), peers(1, in)}},
 			policy.Cluster{Pods: pods[:2], Policies: []policy.Policy{peers(2, out, block(other.String())), peers(1, in, policy.Rule{})}},
-			true, [2]int{3, 3},
+			[2]bool{true, true}, [2]int{3, 3},
 		},
 	} {
 		for adopt, name := range []string{"events", "adoption"} {
@@ -254,8 +292,8 @@ func TestMeetsAreFew(t *testing.T) {
 					}
 				}
 			}
-			if d.Pause > 0 != tc.pause || profiles != tc.profiles[adopt] {
-				t.Errorf("%s, %s: pause %d, %d fresh profiles, want %v and %d", tc.name, name, d.Pause, profiles, tc.pause, tc.profiles[adopt])
+			if d.Pause > 0 != tc.pause[adopt] || profiles != tc.profiles[adopt] {
+				t.Errorf("%s, %s: pause %d, %d fresh profiles, want %v and %d", tc.name, name, d.Pause, profiles, tc.pause[adopt], tc.profiles[adopt])
 			}
 			if err := f.follow(d); err != nil {
 				t.Fatalf("%s, %s: %v", tc.name, name, err)
@@ -334,6 +372,12 @@ func TestMovesAndTurns(t *testing.T) {
 			true, [2]int{},
 		},
 		{
+			"a meet with a profile that knows nobody",
+			[]policy.Policy{in("p", "x", from("a")), in("q", "y", policy.Rule{Ports: tcp(80, 80)}), in("s", "z", from("c"))},
+			[]policy.Event{{Pod: ptr(local(1, "y"))}, {Pod: ptr(remote(4, "c"))}, {Policy: &isolate}},
+			true, [2]int{},
+		},
+		{
 			"labels that mean the same",
 			[]policy.Policy{in("p", "x", from("a"), from("b")), in("q", "y", from("c"))},
 			[]policy.Event{{Pod: ptr(local(2, "x"))}, {Pod: ptr(remote(4, "a", "b"))}},
@@ -381,6 +425,8 @@ func TestSettle(t *testing.T) {
 		deltas [][]policy.Event
 		want   []bool
 	}{
+		{"after an adoption", [][]policy.Event{nil, {{Pod: ptr(labelledPod(1, 2, "b"))}}}, []bool{false, false}},
+		{"after an adoption that lets a profile go", [][]policy.Event{retire, {{Pod: ptr(labelledPod(1, 2, "b"))}}}, []bool{false, true}},
 		{"a pod moves", [][]policy.Event{{{Pod: ptr(labelledPod(1, 2, "b"))}}}, []bool{false}},
 		{"after a profile went", [][]policy.Event{retire, {{Pod: ptr(labelledPod(1, 2, "b"))}}, {{Pod: ptr(labelledPod(1, 2, "a"))}}}, []bool{false, true, false}},
 		{"a pod moves while a profile goes", [][]policy.Event{{retire[0], {Pod: ptr(labelledPod(1, 2, "b"))}}, {{Pod: ptr(labelledPod(1, 3, "a"))}}}, []bool{false, true}},
@@ -393,13 +439,22 @@ func TestSettle(t *testing.T) {
 		f.flows = 0
 		err := f.follow(f.e.Replace(&policy.Cluster{
 			Pods:     []policy.Pod{labelledPod(0, 1), labelledPod(1, 2, "a"), labelledPod(1, 3, "b")},
-			Policies: []policy.Policy{*in("p", "pod1", from("a"), block("10.9.0.0/16")), *in("q", "pod1", from("b")), *in("x", "pod1")},
+			Policies: []policy.Policy{*in("p", "pod1", from("a"), block("10.9.0.0/16")), *in("q", "pod1", from("b")), *in("x", "pod1", policy.Rule{Ports: tcp(7, 7)})},
 		}))
 		if err != nil {
 			t.Fatal(err)
 		}
 		for i, evs := range tc.deltas {
-			d := f.e.Apply(evs...)
+			var d policy.Delta
+			if i == 0 && strings.Contains(tc.name, "adoption") {
+				f.e.Apply(evs...)
+				c := f.e.Cluster()
+				f.e = newEngine(1)
+				f.e.Adopt(maps.Clone(f.tables))
+				d = f.e.Replace(c)
+			} else {
+				d = f.e.Apply(evs...)
+			}
 			if d.Settle != tc.want[i] {
 				t.Errorf("%s: delta %d settles: %v", tc.name, i, d.Settle)
 			}

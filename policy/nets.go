@@ -48,19 +48,18 @@ type edge struct {
 // tells addresses apart. A block holds while it is entered and no except of it is.
 func (e *Engine) decompose(atoms []*atom) []netRange {
 	var edges []edge
-	block := 0
+	var in, except []int // by block
 	for _, a := range atoms {
 		for _, b := range a.blocks {
-			edges = appendEdges(edges, b.CIDR, edge{block: block, atom: a})
+			edges = appendEdges(edges, b.CIDR, edge{block: len(in), atom: a})
 			for _, x := range b.Except {
-				edges = appendEdges(edges, x, edge{block: block, atom: a, except: true})
+				edges = appendEdges(edges, x, edge{block: len(in), atom: a, except: true})
 			}
-			block++
+			in, except = append(in, 0), append(except, 0)
 		}
 	}
 	slices.SortFunc(edges, compareEdges)
 	var out []netRange
-	in, except := make([]int, block), make([]int, block)
 	holds := map[*atom]int{}
 	for i, x := range edges {
 		was := in[x.block] > 0 && except[x.block] == 0

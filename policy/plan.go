@@ -234,7 +234,7 @@ func (pl *plan) moveAddresses() {
 			continue
 		}
 		neutral := false
-		if pl.existing && full != nil {
+		if pl.existing {
 			was, _ := e.sign(r, false)
 			neutral = was == from.signature()
 		}

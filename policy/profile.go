@@ -5,13 +5,13 @@ import (
 	"slices"
 )
 
-// portNames lists the names that rules use, without repeats.
+// portNames lists the names that rules use.
 func portNames(rules []Rule) []portName {
 	var out []portName
 	for _, r := range rules {
 		for _, m := range slices.Concat(r.Ports, r.NotPorts) {
-			if n := (portName{m.Name, m.Protocol}); m.Name != "" && !slices.Contains(out, n) {
-				out = append(out, n)
+			if m.Name != "" {
+				out = append(out, portName{m.Name, m.Protocol})
 			}
 		}
 	}
@@ -47,7 +47,7 @@ func (e *Engine) demanded(p *pod) [2]*profile {
 	return out
 }
 
-// numbers resolves the names that the rules of parts use, sorted by name.
+// numbers resolves the names that the rules of parts use, in their order.
 func (p *pod) numbers(parts []*part) []namedPort {
 	var out []namedPort
 	for _, t := range parts {
@@ -57,8 +57,7 @@ func (p *pod) numbers(parts []*part) []namedPort {
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b namedPort) int { return comparePortName(a.portName, b.portName) })
-	return slices.Compact(out)
+	return out
 }
 
 // profile interns (direction, policies, numbers).

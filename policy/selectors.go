@@ -155,16 +155,11 @@ func (e *Engine) join(p *pod) {
 
 func (e *Engine) leave(p *pod) {
 	g := p.group
-	if g == nil {
-		return
-	}
 	last := len(g.pods) - 1
 	g.pods[p.slot] = g.pods[last]
 	g.pods[p.slot].slot = p.slot
-	g.pods[last] = nil
-	g.pods = g.pods[:last]
-	p.group = nil
-	if last == 0 {
+	g.pods = slices.Delete(g.pods, last, len(g.pods))
+	if len(g.pods) == 0 {
 		i := slices.Index(g.ns.groups, g)
 		g.ns.groups = slices.Delete(g.ns.groups, i, i+1)
 		delete(e.groups, groupKey{g.ns.name, g.labels})

@@ -102,9 +102,12 @@ func (pl *plan) growInPlace(g *moves, rest int) {
 
 // compareMoves finds what the other moves change for profiles in use.
 func (pl *plan) compareMoves() {
+	if !pl.existing {
+		return
+	}
 	e := pl.e
 	for _, g := range pl.moves {
-		if g.neutral || !pl.existing {
+		if g.neutral {
 			continue
 		}
 		for _, p := range e.lookers(g.sig, g.from) {

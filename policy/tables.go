@@ -38,8 +38,10 @@ const (
 	ClassFirst     uint32 = 0x4000_0000
 	ClassLast      uint32 = 0x7fff_ffff
 
-	IngressProfileFirst uint32 = 0x2000_0001 // to 0x2fff_3fff, bits 14 and 15 clear
-	EgressProfileFirst  uint32 = 0x1000_0001 // to 0x1fff_3fff, bits 14 and 15 clear
+	IngressProfileFirst uint32 = 0x2000_0001
+	IngressProfileLast  uint32 = 0x2fff_3fff
+	EgressProfileFirst  uint32 = 0x1000_0001
+	EgressProfileLast   uint32 = 0x1fff_3fff
 	DeniedMark          uint32 = 0x4000_0000
 	EpochFirst          uint32 = 0x8000_0001 // bit 31 set, bits 14 and 15 clear
 )

@@ -182,7 +182,6 @@ func (a *adoption) applyShifts() {
 	pieces := join(a.pieces)
 	for _, r := range pieces {
 		r.id.members++
-		e.untidy = e.untidy || r.sig == nil
 	}
 	e.nets.ranges = pieces
 }
@@ -256,11 +255,6 @@ func (a *adoption) difference() (added, removed [AccessRest + 1][]Op) {
 
 // compareFresh puts classes before what names them.
 func compareFresh(x, y Op) int {
-	names := func(op Op) int {
-		if op.Map == Access || op.Map == AccessOthers {
-			return 1
-		}
-		return 0
-	}
+	names := func(op Op) int { return boolDelta(op.Map == Access || op.Map == AccessOthers) }
 	return cmp.Or(cmp.Compare(names(x), names(y)), compareKey(x.Key, y.Key))
 }

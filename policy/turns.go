@@ -32,7 +32,7 @@ func (pl *plan) eachPair(from, to *profile, yield func(i *identity, old, new *cl
 		}
 		seen[i] = struct{}{}
 		after := to.at(i)
-		if i.moved && !to.fresh {
+		if i.moved {
 			after = pl.e.classify(to, i.sig)
 		}
 		yield(i, from.before(i), after)

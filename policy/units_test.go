@@ -578,3 +578,20 @@ func TestAdoptedClasses(t *testing.T) {
 		}
 	}
 }
+
+// TestTidyForgets: what rules did, and classes that nothing came to use, take no memory.
+func TestTidyForgets(t *testing.T) {
+	e := sample()
+	unused := e.internClass(2, []span{{TCP, 7, 7, 1}})
+	e.Apply()
+	if e.classes[unused.key] != nil {
+		t.Error("a class that nothing uses is remembered")
+	}
+	for i, p := range e.Cluster().Policies {
+		e.Apply(Event{Policy: &p, Delete: true})
+		e.Tidy()
+		if n := 2 - i; len(e.bodies) != n || len(e.bodyByID) != n || len(e.walks) != 0 {
+			t.Errorf("%d bodies, %d numbers and %d walks for %d rules", len(e.bodies), len(e.bodyByID), len(e.walks), n)
+		}
+	}
+}
