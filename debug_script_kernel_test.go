@@ -56,7 +56,7 @@ func runNodeScript(t *testing.T, file string) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"nftcni": s.nftcni, "during": s.during, "connect": s.connect, "live": s.live,
 			"flows-listed": s.flowsListed, "snapshot-written": func(*testscript.TestScript, bool, []string) { s.n.awaitSnapshot(t) },
-			"kill-agent": s.killAgent,
+			"kill-agent": s.killAgent, "paths-probed": s.pathsProbed,
 		},
 	})
 }
@@ -188,6 +188,21 @@ func (s *nodeScript) flowsListed(ts *testscript.TestScript, _ bool, args []strin
 	ts.Check(s.n.demoNode.until(s.t.Context(), func(ctx context.Context) bool {
 		var got agent.Flows
 		return s.n.agent.Get(ctx, agent.PathFlows, &got) == nil && len(got.Flows) >= want
+	}))
+}
+
+// pathsProbed waits until every path to another node has answered: the agent asks in the
+// background, and again when nobody answered in time.
+func (s *nodeScript) pathsProbed(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Check(s.n.demoNode.until(s.t.Context(), func(ctx context.Context) bool {
+		var got agent.MeshStatus
+		answered := 0
+		if s.n.agent.Get(ctx, agent.PathMesh, &got) == nil {
+			for _, p := range got.Probes {
+				answered += min(p.Carries, 1)
+			}
+		}
+		return answered > 0 && answered == len(got.Report.ProbeTargets())
 	}))
 }
 

@@ -6,17 +6,21 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/cni"
 )
 
-// pathProbes asks once, when a path is first seen, whether it carries what its link promises. What
-// does not is found here, and not by a TLS handshake that hangs.
+// pathProbes asks, when a path is first seen, whether it carries what its link promises. What
+// does not is found here, and not by a TLS handshake that hangs. A path that answers nothing is asked
+// again: its node may still be starting.
 type pathProbes struct {
 	ask func(ctx context.Context, targets []cni.ProbeTarget) ([]cni.PathProbe, error)
 	log *slog.Logger
+	// again is the pauses before silent paths are asked again.
+	again []time.Duration
 
 	*probed
 }
@@ -32,7 +36,7 @@ func newPathProbes(log *slog.Logger) pathProbes {
 	ask := func(ctx context.Context, targets []cni.ProbeTarget) ([]cni.PathProbe, error) {
 		return cni.ProbePaths(ctx, 0, targets)
 	}
-	return pathProbes{ask, log, &probed{paths: map[cni.ProbeTarget]*cni.PathProbe{}}}
+	return pathProbes{ask, log, []time.Duration{5 * time.Second, 30 * time.Second, 5 * time.Minute}, &probed{paths: map[cni.ProbeTarget]*cni.PathProbe{}}}
 }
 
 // start asks about the targets that are new, in the background, and forgets those that are gone.
@@ -55,10 +59,25 @@ func (p *pathProbes) start(ctx context.Context, targets []cni.ProbeTarget) {
 }
 
 func (p *pathProbes) run(ctx context.Context, targets []cni.ProbeTarget) {
-	found, err := p.ask(ctx, targets)
-	if ctx.Err() != nil {
-		return
+	for i := 0; ; i++ {
+		found, err := p.ask(ctx, targets)
+		if ctx.Err() != nil {
+			return
+		}
+		p.tell(found, err)
+		targets = p.keep(targets, found, err)
+		if len(targets) == 0 || i == len(p.again) {
+			return
+		}
+		select {
+		case <-time.After(p.again[i]):
+		case <-ctx.Done():
+			return
+		}
 	}
+}
+
+func (p *pathProbes) tell(found []cni.PathProbe, err error) {
 	if err != nil {
 		p.log.Warn("the paths to other nodes are not all probed", "err", err)
 	}
@@ -68,6 +87,11 @@ func (p *pathProbes) run(ctx context.Context, targets []cni.ProbeTarget) {
 				"address", f.Address, "link", f.Want, "carries", f.Carries)
 		}
 	}
+}
+
+// keep remembers what was found, and returns the targets that are still paths and have not
+// answered.
+func (p *pathProbes) keep(targets []cni.ProbeTarget, found []cni.PathProbe, err error) []cni.ProbeTarget {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.err = ""; err != nil {
@@ -79,6 +103,10 @@ func (p *pathProbes) run(ctx context.Context, targets []cni.ProbeTarget) {
 			p.paths[t] = &f
 		}
 	}
+	return slices.DeleteFunc(slices.Clone(targets), func(t cni.ProbeTarget) bool {
+		f, still := p.paths[t]
+		return !still || f != nil && f.Carries > 0
+	})
 }
 
 // probeError is short: a thousand peers fail for one reason.

@@ -259,3 +259,53 @@ func TestMeshProbesPaths(t *testing.T) {
 		}
 	})
 }
+
+// A path that answers nothing is asked again, until it answers, is gone, or has been asked often enough.
+func TestMeshProbesSilentPathsAgain(t *testing.T) {
+	target := cni.ProbeTarget{Address: netip.MustParseAddr("192.0.2.1"), Want: 1500}
+	for _, tt := range []struct {
+		name     string
+		silent   int // answers before one
+		gone     bool
+		asked    int
+		carries  int
+		after    time.Duration
+		problems bool
+	}{
+		{name: "at once", asked: 1, carries: 1500},
+		{name: "when its node has started", silent: 1, asked: 2, carries: 1500, after: 5 * time.Second},
+		{name: "when an error is over", silent: 2, problems: true, asked: 3, carries: 1500, after: 35 * time.Second},
+		{name: "never", silent: 9, asked: 4, after: 335 * time.Second},
+		{name: "gone", silent: 9, gone: true, asked: 1, carries: -1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p, asked, began := newPathProbes(slog.New(slog.DiscardHandler)), 0, time.Now()
+				p.ask = func(_ context.Context, targets []cni.ProbeTarget) ([]cni.PathProbe, error) {
+					asked++
+					if tt.gone {
+						p.start(t.Context(), nil)
+					}
+					switch {
+					case asked > tt.silent:
+						return []cni.PathProbe{{Address: targets[0].Address, Want: targets[0].Want, Carries: 1500}}, nil
+					case tt.problems:
+						return nil, errors.New("no buffer space")
+					}
+					return []cni.PathProbe{{Address: targets[0].Address, Want: targets[0].Want}}, nil
+				}
+				p.start(t.Context(), []cni.ProbeTarget{target})
+				p.wait()
+				carries := -1
+				if found, problem := p.results(); problem != "" {
+					t.Error(problem)
+				} else if len(found) == 1 {
+					carries = found[0].Carries
+				}
+				if asked != tt.asked || carries != tt.carries || time.Since(began) != tt.after {
+					t.Errorf("asked %d times in %v, carries %d; want %d, %v, %d", asked, time.Since(began), carries, tt.asked, tt.after, tt.carries)
+				}
+			})
+		})
+	}
+}

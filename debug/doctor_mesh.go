@@ -69,7 +69,7 @@ func describeVia(paths []cni.PeerPath) string {
 // small: firewalls drop echo requests.
 func pathFindings(st agent.MeshStatus) []Finding {
 	const name = "path MTU"
-	var silent, fit int
+	var silent, fit int // the rest of the report's paths is being asked
 	var small []cni.PathProbe
 	for _, p := range st.Probes {
 		switch {
@@ -92,7 +92,7 @@ func pathFindings(st agent.MeshStatus) []Finding {
 	case len(st.Probes) == 0:
 		return nil // being asked
 	case silent > 0:
-		return []Finding{warn(name, fmt.Sprintf("%s carry what their links do, %d answer no echo request", plural(fit, "path"), silent), "let ICMP echo requests pass between nodes, or trust the links")}
+		return []Finding{warn(name, fmt.Sprintf("%d of %s to other nodes answer no echo request, the rest carry what their links do", silent, plural(silent+fit, "path")), "let ICMP echo requests pass between nodes, or trust the links")}
 	}
 	return []Finding{ok(name, "%s to other nodes carry what their links do", plural(fit, "path"))}
 }

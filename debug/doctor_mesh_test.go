@@ -30,7 +30,7 @@ func TestMeshFindings(t *testing.T) {
 		{"a small path", agent.MeshStatus{Report: cni.Report{Paths: paths}, Probes: probe(1500, 1400)},
 			[]string{"other nodes|ok|", "path MTU|broken|192.0.2.2 carries 1400 bytes of 1500|mtu: 1350"}},
 		{"silent", agent.MeshStatus{Report: cni.Report{Paths: paths}, Probes: probe(1500, 0)},
-			[]string{"other nodes|ok|", "path MTU|warning|1 answer no echo"}},
+			[]string{"other nodes|ok|", "path MTU|warning|1 of 2 paths to other nodes answer no echo"}},
 		{"no right to probe", agent.MeshStatus{Report: cni.Report{Paths: paths}, ProbeErr: "no right"},
 			[]string{"other nodes|ok|", "path MTU|warning|no right"}},
 		{"a problem", agent.MeshStatus{Report: cni.Report{Paths: paths, Problems: problem}},
