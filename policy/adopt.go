@@ -291,9 +291,8 @@ func (a *adoption) freeNumbers() {
 	}
 }
 
+// sortedOps sorts ops, in which deletes are before adds.
 func sortedOps(ops []Op) []Op {
-	slices.SortStableFunc(ops, func(x, y Op) int {
-		return cmp.Or(compareKey(x.Key, y.Key), boolDelta(!x.Delete)-boolDelta(!y.Delete))
-	})
+	slices.SortStableFunc(ops, func(x, y Op) int { return compareKey(x.Key, y.Key) })
 	return ops
 }

@@ -197,6 +197,12 @@ func TestMeetsAreFew(t *testing.T) {
 			[2]bool{true, true}, [2]int{5, 5},
 		},
 		{
+			"two pods through one meet",
+			policy.Cluster{Pods: []policy.Pod{pod(1, "x"), pod(2, "x"), pod(3)}, Policies: []policy.Policy{networkPolicy("ns0", "x", has("x"), in, policy.Rule{Ports: tcp(80, 80)}), ports(3, out, 80, 80)}},
+			policy.Cluster{Pods: []policy.Pod{pod(1, "x"), pod(2, "x"), pod(3)}, Policies: []policy.Policy{networkPolicy("ns0", "x", has("x"), in, policy.Rule{Ports: tcp(81, 81)}), ports(3, out, 80, 81)}},
+			[2]bool{true, true}, [2]int{3, 3},
+		},
+		{
 			"ports in one direction",
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 80, 80), ports(2, in, 80, 80), ports(4, in, 80, 81)}},
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(1, in, 81, 81), ports(2, in, 80, 81), ports(4, in, 80, 80)}},
@@ -219,6 +225,12 @@ func TestMeetsAreFew(t *testing.T) {
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, in, 80, 80)}},
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, in, 80, 80), peers(1, in), peers(2, out)}},
 			[2]bool{}, [2]int{2, 2},
+		},
+		{
+			"isolation that begins in one and ends in the other",
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in)}},
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(2, out)}},
+			[2]bool{true, true}, [2]int{1, 1},
 		},
 		{
 			"its end",
@@ -378,6 +390,12 @@ func TestMovesAndTurns(t *testing.T) {
 			true, [2]int{},
 		},
 		{
+			"a fresh profile that does not know who moves",
+			[]policy.Policy{in("p", "x", from("a"), from("c")), in("s", "z", from("c"))},
+			[]policy.Event{{Policy: ptr(in("p", "x", from("a")))}, {Pod: ptr(remote(4, "c"))}},
+			true, [2]int{},
+		},
+		{
 			"labels that mean the same",
 			[]policy.Policy{in("p", "x", from("a"), from("b")), in("q", "y", from("c"))},
 			[]policy.Event{{Pod: ptr(local(2, "x"))}, {Pod: ptr(remote(4, "a", "b"))}},
@@ -425,8 +443,7 @@ func TestSettle(t *testing.T) {
 		deltas [][]policy.Event
 		want   []bool
 	}{
-		{"after an adoption", [][]policy.Event{nil, {{Pod: ptr(labelledPod(1, 2, "b"))}}}, []bool{false, false}},
-		{"after an adoption that lets a profile go", [][]policy.Event{retire, {{Pod: ptr(labelledPod(1, 2, "b"))}}}, []bool{false, true}},
+		{"after an adoption", [][]policy.Event{retire, {{Pod: ptr(labelledPod(1, 2, "b"))}}, {{Pod: ptr(labelledPod(1, 2, "a"))}}}, []bool{false, true, false}},
 		{"a pod moves", [][]policy.Event{{{Pod: ptr(labelledPod(1, 2, "b"))}}}, []bool{false}},
 		{"after a profile went", [][]policy.Event{retire, {{Pod: ptr(labelledPod(1, 2, "b"))}}, {{Pod: ptr(labelledPod(1, 2, "a"))}}}, []bool{false, true, false}},
 		{"a pod moves while a profile goes", [][]policy.Event{{retire[0], {Pod: ptr(labelledPod(1, 2, "b"))}}, {{Pod: ptr(labelledPod(1, 3, "a"))}}}, []bool{false, true}},

@@ -44,12 +44,12 @@ type edge struct {
 	except, begins bool
 }
 
-// decompose sweeps over the blocks of atoms: between two neighbouring edges no block
+// decompose sweeps over the blocks of all atoms: between two neighbouring edges no block
 // tells addresses apart. A block holds while it is entered and no except of it is.
-func (e *Engine) decompose(atoms []*atom) []netRange {
+func (e *Engine) decompose() []netRange {
 	var edges []edge
 	var in, except []int // by block
-	for _, a := range atoms {
+	for _, a := range e.atoms {
 		for _, b := range a.blocks {
 			edges = appendEdges(edges, b.CIDR, edge{block: len(in), atom: a})
 			for _, x := range b.Except {
@@ -122,17 +122,6 @@ func before(next, x edge) netip.Addr {
 		return next.at.Prev()
 	}
 	return lastAddr(netip.PrefixFrom(x.at, 0).Masked())
-}
-
-// blockAtoms are the atoms with blocks, in any order.
-func (e *Engine) blockAtoms() []*atom {
-	var out []*atom
-	for _, a := range e.atoms {
-		if len(a.blocks) > 0 {
-			out = append(out, a)
-		}
-	}
-	return out
 }
 
 // cut splits the ranges of fresh where old ones end, so that each piece lies in one old

@@ -9,16 +9,14 @@ type numbers struct {
 
 func (n *numbers) next() uint32 {
 	for {
-		switch {
-		case n.cur < n.first || n.cur >= n.last:
-			n.cur = n.first
-		default:
-			n.cur++
-		}
-		if low := n.cur & n.clear; low != 0 {
+		n.cur = max(n.cur+1, n.first)
+		if n.cur&n.clear != 0 {
 			n.cur = (n.cur | 0xffff) + 1
 		}
-		if _, taken := n.used[n.cur]; !taken && n.cur >= n.first && n.cur <= n.last {
+		if n.cur > n.last {
+			n.cur = n.first
+		}
+		if _, taken := n.used[n.cur]; !taken {
 			n.used[n.cur] = struct{}{}
 			return n.cur
 		}

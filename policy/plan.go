@@ -170,7 +170,7 @@ func (pl *plan) cutRanges() {
 		return
 	}
 	e.netDirty = false
-	pl.pieces = cut(e.decompose(e.blockAtoms()), e.nets.ranges)
+	pl.pieces = cut(e.decompose(), e.nets.ranges)
 	e.nets.ranges = pl.pieces
 	for _, r := range e.addresses {
 		if r.id == nil {

@@ -16,7 +16,7 @@ func (e *Engine) Tidy() Delta {
 	e.forgetAtoms()
 	pl := &plan{e: e, oldNets: e.nets}
 	winner := e.mergeIdentities()
-	pieces := cut(e.decompose(e.blockAtoms()), e.nets.ranges)
+	pieces := cut(e.decompose(), e.nets.ranges)
 	for i := range pieces {
 		pieces[i].id = winner[pieces[i].sig]
 	}

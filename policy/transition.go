@@ -232,7 +232,7 @@ func (a *adoption) steps() Delta {
 	d.Revokes = len(d.Steps) > 0
 	a.freeNumbers()
 	e.finish()
-	e.retired = len(d.Drops) > 0
+	e.retired = true // profiles of the kernel may be among the drops
 	return d
 }
 
