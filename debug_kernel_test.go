@@ -159,7 +159,7 @@ func testDebugDisagree(t *testing.T) {
 		t.Fatalf("nft: %v: %s", err, out)
 	}
 	n.debug(t, "why", "php", "redis", "TCP/6379").want(t, 2, "DISAGREES", "oracle and kernel disagree")
-	n.debug(t, "verify").want(t, 2, "shop/php -> shop/redis")
+	n.debug(t, "verify", "--flows", "4000", "--seed", "7").want(t, 2, "shop/php -> shop/redis")
 }
 
 // awaitSnapshot waits until the agent's snapshot file holds every pod.

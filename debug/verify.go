@@ -1,6 +1,7 @@
 package debug
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -62,7 +63,7 @@ func (s *session) verifyCommand() *cobra.Command {
 			return nil
 		},
 	}
-	cmd.Flags().IntVar(&flows, "flows", 0, "how many random flows; 0: as many as 50 ms take")
+	cmd.Flags().IntVar(&flows, "flows", 0, "how many random flows; 0: as many as 50 ms take, and 2,000 at least")
 	cmd.Flags().Uint64Var(&seed, "seed", 0, "of the random flows, to repeat a run; 0: a new one")
 	return cmd
 }
@@ -103,8 +104,11 @@ func verifySnapshot(ctx context.Context, snap agent.Snapshot) (Verification, err
 // maxWrong is how many disagreements are listed.
 const maxWrong = 20
 
-// probeBudget bounds the probes whose number was not given.
-const probeBudget = 50 * time.Millisecond
+// Bounds of the probes whose number was not given: so long, but so many on a busy machine too.
+const (
+	probeBudget = 50 * time.Millisecond
+	leastProbes = 2000
+)
 
 // probe asks the oracle and the tables about random flows of which one end is local.
 func (v *Verification) probe(snap agent.Snapshot, tables policy.Tables, flows int, rnd *rand.Rand) {
@@ -114,7 +118,7 @@ func (v *Verification) probe(snap agent.Snapshot, tables policy.Tables, flows in
 	}
 	cuts, began := spans(snap.Cluster), time.Now()
 	oracle, lookup, names := policy.NewOracle(snap.Cluster, snap.Node), tables.Index(), newNames(snap)
-	for flows == 0 && time.Since(began) < probeBudget || v.Flows < flows {
+	for v.Flows < cmp.Or(flows, leastProbes) || flows == 0 && time.Since(began) < probeBudget {
 		f := randomFlow(local, all, cuts, rnd)
 		v.Flows++
 		want, got := oracle.Evaluate(f), policy.DecideWith(lookup, f)
