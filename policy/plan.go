@@ -229,7 +229,6 @@ func (pl *plan) moveAddresses() {
 		if !m.element && !m.wanted {
 			continue
 		}
-		e.untidy = e.untidy || !m.wanted
 		if m.element && from.sig == full {
 			continue
 		}
