@@ -13,10 +13,16 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrNoAgent says that nobody answers on the agent's socket.
 var ErrNoAgent = errors.New("the nftcni agent does not answer; start it (systemctl start nftcni-agent) and try again")
+
+// errAgentBusy says that somebody listens on the agent's socket and has no time: what the agent has bound is still
+// bound, unlike after ErrNoAgent.
+var errAgentBusy = errors.New("the nftcni agent has no time to answer; try again")
 
 // How long a call to the agent may take when the context sets no earlier end. An attach
 // waits for the pod to appear in the agent's source, a detach only for the kernel.
@@ -97,6 +103,9 @@ func (c *Client) call(ctx context.Context, limit time.Duration, method, path str
 // end of an HTTP/1.0 answer.
 func (c *Client) exchange(ctx context.Context, request []byte) ([]byte, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", c.socket)
+	if errors.Is(err, unix.EAGAIN) || err != nil && ctx.Err() != nil { // the queue of connections is full
+		return nil, fmt.Errorf("%w (%w)", errAgentBusy, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w (%w)", ErrNoAgent, err)
 	}

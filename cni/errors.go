@@ -47,7 +47,7 @@ func asCNI(err error) *types.Error {
 			code = agent.Code
 		}
 		return types.NewError(code, err.Error(), "")
-	case errors.Is(err, ErrNoAgent), errors.Is(err, context.DeadlineExceeded), errors.As(err, &full):
+	case errors.Is(err, ErrNoAgent), errors.Is(err, errAgentBusy), errors.Is(err, context.DeadlineExceeded), errors.As(err, &full):
 		return tryLater("%v", err)
 	case errors.As(err, &owned):
 		return badEnv("CNI_CONTAINERID, CNI_IFNAME: %v", err)
