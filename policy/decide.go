@@ -51,7 +51,7 @@ func DecideWith(lookup LookupFunc, f Flow) TableVerdict {
 }
 
 func decideDirection(lookup LookupFunc, dir Direction, self, other netip.Addr, f Flow) TableDecision {
-	d := TableDecision{Judged: true}
+	d := TableDecision{Judged: true, Lookups: make([]Lookup, 0, 8)} // most that there are as a rule
 	get := func(k Key) (uint32, bool) {
 		v, ok := lookup(k)
 		d.Lookups = append(d.Lookups, Lookup{k, v, ok})
