@@ -33,7 +33,7 @@ func TestEnforced(t *testing.T) {
 		want        Enforced
 		status      int
 	}{
-		{name: "any", query: "policy=" + p.ID.String(), want: Enforced{InForce: true, Known: true, Generation: 3}},
+		{name: "any, waited for", query: "wait=1&policy=" + p.ID.String(), want: Enforced{InForce: true, Known: true, Generation: 3}},
 		{name: "of the API server", query: "fresh=1&policy=" + p.ID.String(), read: api, want: Enforced{InForce: true, Known: true, Generation: 3, Wanted: 4}},
 		{name: "named", query: "generation=3&policy=" + p.ID.String(), read: api, want: Enforced{InForce: true, Known: true, Generation: 3, Wanted: 3}},
 		{name: "manifests", query: "fresh=1&policy=" + p.ID.String(), want: Enforced{InForce: true, Known: true, Generation: 3}},
