@@ -173,14 +173,33 @@ func (w *meshWriter) putRoute(key routeKey, r meshRoute, replace bool) error {
 			route.Gw, route.Flags, route.Scope = r.gateway.AsSlice(), int(netlink.FLAG_ONLINK), netlink.SCOPE_UNIVERSE
 		}
 	}
+	put := w.kernel.RouteAdd
 	if replace {
-		return w.kernel.RouteReplace(route)
+		put = w.kernel.RouteReplace
 	}
-	err := w.kernel.RouteAdd(route)
+	err := put(route)
+	if errors.Is(err, unix.EINVAL) && r.gateway.Is6() {
+		err = w.putBehindHostRoute(route, put)
+	}
 	if errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("a route of another program has the same destination and metric %d: remove it: %w", key.metric, err)
 	}
 	return err
+}
+
+// putBehindHostRoute puts a route whose gateway is inside its own destination and was reached
+// through another link until now: by the route that it replaces, or by a wider one. IPv6 refuses
+// such a gateway even where the route says that it is on its link (ip6_route_check_nh_onlink), so
+// for that moment a host route says so too. Nobody else sends there: it is the first address of a
+// node's network, which no pod has.
+func (w *meshWriter) putBehindHostRoute(route *netlink.Route, put func(*netlink.Route) error) error {
+	gateway, _ := netip.AddrFromSlice(route.Gw)
+	host := *route
+	host.Dst, host.Gw, host.Flags, host.Scope = ipNet(netip.PrefixFrom(gateway, gateway.BitLen())), nil, 0, netlink.SCOPE_LINK
+	if err := w.kernel.RouteReplace(&host); err != nil {
+		return fmt.Errorf("host route to its gateway %s: %w", gateway, err)
+	}
+	return errors.Join(put(route), gone(w.kernel.RouteDel(&host)))
 }
 
 func (w *meshWriter) dropRoute(key routeKey, r meshRoute) error {

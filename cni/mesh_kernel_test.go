@@ -278,6 +278,61 @@ func TestKernelMeshRedecides(t *testing.T) {
 	l.talkAll()
 }
 
+// An agent that starts with another configuration leads every path another way, of each family, and
+// finds the routes of the one before.
+func TestKernelMeshChangesPaths(t *testing.T) {
+	l := newLab(t, labShape{links: []int{1, 1, 1}, nodes4: true, nodes6: true, pods4: true, pods6: true}, MeshConfig{})
+	all := slices.Clone(l.nodes[0].peers)
+	steps := []struct {
+		name     string
+		mode     MeshMode
+		families []int // of the addresses that the nodes have
+		via      string
+		devices  string // of the routes to 10.244.2.0/24 and fd01:2::/64 on node 1
+	}{
+		{"direct", MeshAuto, []int{0, 1}, "direct direct", "eth0 eth0"},
+		{"direct to vxlan", MeshVXLAN, []int{0, 1}, "vxlan vxlan", VXLANDevice4 + " " + VXLANDevice6},
+		{"IPv6 into the device of IPv4", MeshVXLAN, []int{0}, "vxlan vxlan", VXLANDevice4 + " " + VXLANDevice4},
+		{"both into the device of IPv6", MeshVXLAN, []int{1}, "vxlan vxlan", VXLANDevice6 + " " + VXLANDevice6},
+		{"vxlan to direct, IPv4 alone", MeshAuto, []int{0}, "direct vxlan", "eth0 " + VXLANDevice4},
+		{"vxlan to direct", MeshAuto, []int{0, 1}, "direct direct", "eth0 eth0"},
+	}
+	for _, step := range steps {
+		for i, n := range l.nodes {
+			n.mesh.Close()
+			m, err := NewMesh(MeshConfig{Mode: step.mode, NetNS: int(n.fd), StateDir: n.state})
+			n.must(err)
+			t.Cleanup(m.Close)
+			for j := range n.peers {
+				n.peers[j].Addrs = nil
+				for _, f := range step.families {
+					n.peers[j].Addrs = append(n.peers[j].Addrs, all[j].Addrs[f])
+				}
+			}
+			n.mesh, n.self = m, n.peers[i]
+		}
+		l.set()
+		n := l.nodes[0]
+		var devices []string
+		for _, dst := range []string{"10.244.2.0/24", "fd01:2::/64"} {
+			dev := "none"
+			v, err := n.mesh.readLinks()
+			n.must(err)
+			routes, err := n.mesh.readRoutes(v)
+			n.must(err)
+			if r, ok := routes[routeKey{netip.MustParsePrefix(dst), meshMetric}]; ok {
+				dev = r.link
+			}
+			devices = append(devices, dev)
+		}
+		if got := strings.Join(devices, " "); got != step.devices || l.via(0, 1) != step.via {
+			t.Errorf("%s: %s by %s, want %s by %s", step.name, l.via(0, 1), got, step.via, step.devices)
+		}
+		l.idle()
+		l.talkAll()
+	}
+}
+
 func TestKernelMeshLeavesOthersAlone(t *testing.T) {
 	l := newLab(t, dual, MeshConfig{})
 	n := l.nodes[0]
