@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -124,16 +125,24 @@ func serveOn(ctx context.Context, name string, at netip.AddrPort, protocol polic
 	return nil
 }
 
-// serveStream sends the name to whoever connects.
+// servedFor bounds how long a connection stays whose client does not close it.
+const servedFor = 10 * time.Minute
+
+// serveStream sends the name to whoever connects, and leaves the end to the client: a
+// connection that a client keeps is alive on both sides.
 func serveStream(l *net.TCPListener, name string) {
 	for {
 		c, err := l.AcceptTCP()
 		if err != nil {
 			return
 		}
-		// A peer that is gone already has had its answer or never wanted it.
-		_, _ = c.Write([]byte(name))
-		_ = c.Close()
+		go func() {
+			// A peer that is gone already has had its answer or never wanted it.
+			_, _ = c.Write([]byte(name))
+			_ = c.SetReadDeadline(time.Now().Add(servedFor))
+			_, _ = io.Copy(io.Discard, c)
+			_ = c.Close()
+		}()
 	}
 }
 

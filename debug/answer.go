@@ -23,7 +23,7 @@ type Answer struct {
 	Ingress     Side `json:"ingress"`
 	// Agree is false when the kernel's tables decide a direction otherwise.
 	Agree bool `json:"agree"`
-	// KernelNote says why the kernel was not asked.
+	// KernelNote says why the kernel was not asked, or why its elements are not its answer.
 	KernelNote string `json:"kernelNote,omitempty"`
 	// Path is how the node would send the packet, and which connections there are.
 	Path *Path `json:"path,omitempty"`
@@ -145,7 +145,10 @@ func answerBody(a Answer, all bool, columns int) string {
 	if all {
 		writeConsidered(&b, a)
 	}
-	if a.KernelNote != "" {
+	switch {
+	case a.KernelNote != "" && kernel:
+		fmt.Fprintf(&b, "\nthe kernel may decide otherwise than its elements say: %s\n", a.KernelNote)
+	case a.KernelNote != "":
 		fmt.Fprintf(&b, "\nthe kernel was not asked: %s\n", a.KernelNote)
 	}
 	return b.String()

@@ -3,7 +3,6 @@ package debug
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -17,32 +16,6 @@ import (
 	"github.com/nftcni/nftcni/cni"
 	"github.com/nftcni/nftcni/nft"
 )
-
-// checkTable looks at our own table.
-func checkTable(ctx context.Context, agentRuns bool) []Finding {
-	const name = "table"
-	r, err := nft.NewReader(ctx, nft.Options{})
-	if errors.Is(err, nft.ErrNoTable) {
-		remedy := "start the agent: it makes the table"
-		if agentRuns {
-			remedy = "somebody deleted it and the agent has not mended it: see its log, then restart it"
-		}
-		return []Finding{broken(name, "inet nftcni is missing: no policy is in force", remedy)}
-	}
-	if err != nil {
-		return []Finding{warn(name, err.Error(), "run as root on the node itself")}
-	}
-	defer func() { _ = r.Close() }()
-	sizes, err := r.Sizes(ctx)
-	if err != nil {
-		return []Finding{broken(name, err.Error(), "restart the agent: it replaces the table without a gap")}
-	}
-	total := 0
-	for _, n := range sizes {
-		total += n
-	}
-	return []Finding{ok(name, "inet nftcni, %s", plural(total, "element"))}
-}
 
 // checkConflists: a runtime takes the first file by name.
 func checkConflists(dir string) []Finding {

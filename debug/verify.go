@@ -3,6 +3,7 @@ package debug
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -19,8 +20,11 @@ import (
 
 // Verification is what debug verify found.
 type Verification struct {
-	Elements int `json:"elements"` // read back from the kernel
-	Want     int `json:"want"`     // of a compilation from scratch
+	// Rules is the first difference between the kernel's chains and rules and this version's: they
+	// decide otherwise, whatever the elements say.
+	Rules    string `json:"rules,omitempty"`
+	Elements int    `json:"elements"` // read back from the kernel
+	Want     int    `json:"want"`     // of a compilation from scratch
 	// Equal: both tables are the same up to renaming numbers and to what nothing needs.
 	Equal      bool     `json:"equal"`
 	Flows      int      `json:"flows"` // probed
@@ -38,9 +42,10 @@ func (s *session) verifyCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Compare the kernel's table with what it should be",
-		Long: "Read the kernel's table back, compare it with a compilation from scratch, and probe it with\n" +
-			"random flows of the pods, policies' addresses and ports against the oracle.\n\n" +
-			"Exit status 2: a flow is decided otherwise than policy says.",
+		Long: "Read the kernel's table back, compare its rules with this version's and its elements with a\n" +
+			"compilation from scratch, and probe them with random flows of the pods, policies' addresses\n" +
+			"and ports against the oracle.\n\n" +
+			"Exit status 2: rules are not as they should be, or a flow is decided otherwise than policy says.",
 		Example: "  nftcni debug verify\n  nftcni debug verify --flows 100000 --seed 7",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -57,15 +62,28 @@ func (s *session) verifyCommand() *cobra.Command {
 			if err := s.print(cmd, v, v.write); err != nil {
 				return err
 			}
-			if v.WrongCount > 0 {
-				return &ExitError{Status: ExitDisagree, Err: fmt.Errorf("%d of %s decided otherwise than policy says", v.WrongCount, plural(v.Flows, "flow"))}
-			}
-			return nil
+			return v.disagreement()
 		},
 	}
 	cmd.Flags().IntVar(&flows, "flows", 0, "how many random flows; 0: as many as 50 ms take, and 2,000 at least")
 	cmd.Flags().Uint64Var(&seed, "seed", 0, "of the random flows, to repeat a run; 0: a new one")
 	return cmd
+}
+
+func (v Verification) disagreement() error {
+	switch {
+	case v.Rules != "":
+		return &ExitError{Status: ExitDisagree, Err: errors.New(rulesDiffer(v.Rules))}
+	case v.WrongCount > 0:
+		return &ExitError{Status: ExitDisagree, Err: fmt.Errorf("%d of %s decided otherwise than policy says", v.WrongCount, plural(v.Flows, "flow"))}
+	}
+	return nil
+}
+
+// rulesDiffer tells of a difference of the table's rules, and what to do.
+func rulesDiffer(difference string) string {
+	return "the table's rules are not those of this version (" + difference +
+		"): somebody changed them, or the agent is of another version; restart the agent, which replaces the table without a gap"
 }
 
 func (s *session) verify(ctx context.Context, flows int, seed uint64, notice func(string)) (Verification, error) {
@@ -92,6 +110,9 @@ func verifySnapshot(ctx context.Context, snap agent.Snapshot) (Verification, err
 		return v, fmt.Errorf("read the kernel's table: %w", err)
 	}
 	defer func() { _ = r.Close() }()
+	if v.Rules, err = r.Differs(ctx); err != nil {
+		return v, fmt.Errorf("read the kernel's table: %w", err)
+	}
 	if v.have, err = r.Tables(ctx); err != nil {
 		return v, err
 	}
@@ -183,6 +204,7 @@ func (v Verification) write(w io.Writer) error {
 	if !v.Equal {
 		equal = fmt.Sprintf("%d elements where a compilation from scratch has %d (elements that nothing needs any more may be left until the agent is idle)", v.Elements, v.Want)
 	}
+	t.add("rules", cmp.Or(v.Rules, "those of this version"))
 	t.add("elements", fmt.Sprintf("%d read, %s", v.Elements, equal))
 	t.add("flows", fmt.Sprintf("%d probed with seed %d, %d decided otherwise than policy says", v.Flows, v.Seed, v.WrongCount))
 	t.add("took", fmt.Sprintf("%d ms", v.Millis))

@@ -126,7 +126,7 @@ func (s *session) stillEnforced(ctx context.Context, name string, want int64, de
 	switch {
 	case err != nil:
 		return e, fmt.Errorf("%w; and the kernel's table cannot be read: %w", noAgent, err)
-	case v.WrongCount > 0:
+	case v.Rules != "" || v.WrongCount > 0:
 		return e, fmt.Errorf("%w; and the kernel's table decides otherwise than its last snapshot says (nftcni debug verify)", noAgent)
 	case deleted && e.InForce:
 		return e, fmt.Errorf("%w; the kernel enforces policy %s until an agent runs", noAgent, name)

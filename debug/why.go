@@ -55,6 +55,9 @@ func (s *session) whyCommand() *cobra.Command {
 
 func disagreement(answers []Answer) error {
 	for _, a := range answers {
+		if a.KernelNote != "" && a.Egress.Kernel != nil {
+			return &ExitError{Status: ExitDisagree, Err: errors.New(a.KernelNote)}
+		}
 		if !a.Agree && a.Egress.Kernel == nil {
 			return &ExitError{Status: ExitDisagree, Err: errors.New(
 				"oracle and kernel disagree: policy denies this, and without its table the kernel lets everything pass; start the agent, which makes it")}
@@ -77,14 +80,8 @@ func (s *session) why(ctx context.Context, args []string, api apiFlags, notice f
 	if err != nil {
 		return nil, err
 	}
-	var ask kernel
-	reader, err := nft.NewReader(ctx, nft.Options{})
-	if err != nil {
-		ask.note, ask.open = err.Error(), errors.Is(err, nft.ErrNoTable)
-	} else {
-		defer func() { _ = reader.Close() }()
-		ask.decide = reader.Decide
-	}
+	ask, done := askKernel(ctx)
+	defer done()
 	var out []Answer
 	for _, q := range questions {
 		answers, err := q.answers(ctx, snap, ask)
@@ -110,13 +107,6 @@ func (s *session) why(ctx context.Context, args []string, api apiFlags, notice f
 
 func kubeProxy(ctx context.Context) ([]nft.ProxyPort, error) {
 	return nft.KubeProxy(ctx, nft.Options{})
-}
-
-// kernel decides flows by the kernel's tables, or says why it cannot.
-type kernel struct {
-	decide func(context.Context, policy.Flow) (policy.TableVerdict, error)
-	note   string
-	open   bool // there is no table: everything passes
 }
 
 // question is SRC, DST and PROTO/PORT.
@@ -182,7 +172,7 @@ func (q question) answers(ctx context.Context, snap agent.Snapshot, k kernel) ([
 			a.Egress.compare(t.Egress)
 			a.Ingress.compare(t.Ingress)
 		}
-		a.Agree = a.Egress.Agree && a.Ingress.Agree && (here.Allowed || !k.open)
+		a.Agree = a.Egress.Agree && a.Ingress.Agree && (here.Allowed || !k.open) && !k.differs
 		out = append(out, a)
 	}
 	return out, nil
@@ -221,48 +211,6 @@ func (r *reasons) side(d policy.Decision, dir policy.Direction, f policy.Flow) S
 		s.Considered = append(s.Considered, v)
 	}
 	return s
-}
-
-// compare sets the kernel's answer beside the oracle's. What the ruleset exempts before
-// it looks at policy (the pod itself, its own node) has no answer in the tables.
-func (s *Side) compare(k policy.TableDecision) {
-	s.Kernel = kernelSide(k)
-	switch reason := s.oracle.Reason; {
-	case s.Node != "" || reason == policy.NotLocal:
-		s.Agree = !k.Judged
-	case reason == policy.SamePod || reason == policy.OwnNode:
-		s.Kernel.Exempt = true
-	default:
-		s.Agree = k.Allowed == (s.oracle.Action == policy.Allow)
-	}
-}
-
-func kernelSide(k policy.TableDecision) *KernelSide {
-	out := &KernelSide{Judged: k.Judged, Allowed: k.Allowed, decidedBy: "a miss"}
-	for name, v := range map[*string]uint32{&out.Profile: k.Profile, &out.Identity: k.Identity, &out.Class: k.Class} {
-		if v != 0 {
-			*name = fmt.Sprintf("%#x", v)
-		}
-	}
-	for i, l := range k.Lookups {
-		value := "none"
-		if l.Found {
-			value = valueText(l.Key.Map, l.Value)
-			if i == len(k.Lookups)-1 {
-				out.decidedBy = nft.ElementSet(l.Key)
-			}
-		}
-		out.Lookups = append(out.Lookups, nft.ElementSet(l.Key)+" "+lookupText(l.Key)+": "+value)
-	}
-	return out
-}
-
-// lookupText is elementText of a question: a range's key holds only what is looked for.
-func lookupText(k policy.Key) string {
-	if k.Map == policy.NetID {
-		return k.Addr.String()
-	}
-	return elementText(k)
 }
 
 func because(d policy.Decision) string {

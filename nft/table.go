@@ -145,7 +145,7 @@ func (t *Table) open(ctx context.Context) error {
 	if err != nil && !errors.Is(err, ErrNoTable) {
 		return err
 	}
-	diff, err := t.programDiffers(p)
+	diff, err := t.reader.programDiffers(p)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -10,24 +11,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Differs names the first difference between the declarations, chains, rules and constant sets of
+// the table and those that this version writes, "" for none: somebody changed them, or another version did. What the
+// elements of pods and policies are is no part of it. Rules are counted from 0.
+func (r *Reader) Differs(ctx context.Context) (string, error) {
+	if err := ctx.Err(); err != nil {
+		return "", err
+	}
+	return r.programDiffers(newProgram())
+}
+
 // programDiffers compares the table's chains, rules and sets with p and names the first difference, "" for none.
 // Rules are compared expression by expression: the kernel reports what it was sent, plus fields that are zero.
-func (t *Table) programDiffers(p *program) (string, error) {
-	sets, err := t.dumpTable(unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE)
+func (r *Reader) programDiffers(p *program) (string, error) {
+	sets, err := r.dumpTable(unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE)
 	if err != nil {
 		return "", fmt.Errorf("list sets: %w", err)
 	}
 	if d := setsDiffer(p, sets); d != "" {
 		return d, nil
 	}
-	chains, err := t.dumpTable(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE)
+	chains, err := r.dumpTable(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE)
 	if err != nil {
 		return "", fmt.Errorf("list chains: %w", err)
 	}
 	if d, err := chainsDiffer(p, chains); d != "" || err != nil {
 		return d, err
 	}
-	rules, err := t.dumpTable(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE)
+	rules, err := r.dumpTable(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE)
 	if err != nil {
 		return "", fmt.Errorf("list rules: %w", err)
 	}
@@ -38,7 +49,7 @@ func (t *Table) programDiffers(p *program) (string, error) {
 		if len(s.fixed) == 0 {
 			continue
 		}
-		elements, err := t.reader.dump(s.name)
+		elements, err := r.dump(s.name)
 		if err != nil {
 			return "", err
 		}
@@ -50,24 +61,24 @@ func (t *Table) programDiffers(p *program) (string, error) {
 }
 
 // dumpTable lists objects of one kind. Kernels differ in whether they filter by table: this does.
-func (t *Table) dumpTable(kind netlink.HeaderType, tableAttr uint16) ([]map[uint16][]byte, error) {
+func (r *Reader) dumpTable(kind netlink.HeaderType, tableAttr uint16) ([]map[uint16][]byte, error) {
 	e := netlink.NewAttributeEncoder()
 	e.String(tableAttr, TableName)
 	m, err := nfnetlinkRequest(kind, netlink.Dump, e)
 	if err != nil {
 		return nil, fmt.Errorf("encode: %w", err)
 	}
-	replies, err := t.conn.Execute(m)
+	replies, err := r.conn.Execute(m)
 	if err != nil {
 		return nil, err
 	}
 	var out []map[uint16][]byte
-	for _, r := range replies {
-		attrs, err := attributes(r)
+	for _, reply := range replies {
+		attrs, err := attributes(reply)
 		if err != nil {
 			return nil, err
 		}
-		if r.Data[0] == unix.NFPROTO_INET && cString(attrs[tableAttr]) == TableName {
+		if reply.Data[0] == unix.NFPROTO_INET && cString(attrs[tableAttr]) == TableName {
 			out = append(out, attrs)
 		}
 	}
@@ -147,7 +158,7 @@ func rulesDiffer(p *program, got []map[uint16][]byte) (string, error) {
 				return "", err
 			}
 			if !sameExpressions(want, have[i]) {
-				return fmt.Sprintf("rule %d of chain %s", i+1, c.name), nil
+				return fmt.Sprintf("rule %d of chain %s", i, c.name), nil
 			}
 		}
 	}
