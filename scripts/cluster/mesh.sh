@@ -81,7 +81,7 @@ mesh_routes() {
     other=$(k get nodes -o json | jq -r --arg n "$n" '.items[] | select(.metadata.name != $n) | .spec.podCIDRs[]')
     for cidr in $other; do
       case $1,$cidr in auto,*) dev=eth0 ;; *,*:*) dev=vxnftcni6 ;; *) dev=vxnftcni4 ;; esac
-      on "$n" ip route get "$(pod_inside "$cidr")" | grep -q "dev $dev" || { echo "$n does not reach $cidr by $dev"; return 1; }
+      on "$n" ip route get "$(pod_inside "$cidr")" | grep -q "dev $dev" || { echo "$n does not reach $cidr by $dev"; on "$n" ip route get "$(pod_inside "$cidr")"; on "$n" tail -3 /etc/kubernetes/nftcni-agent.log; return 1; }
     done
   done
 }
