@@ -51,9 +51,9 @@ func (s *session) doctorCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Check what usually goes wrong on a node, with the remedy for each",
-		Long: "Check what usually goes wrong on a node, with the remedy for each: the agent, the table,\n" +
-			"forwarding, reverse path filters, other firewalls, CNI configurations, MTU, conntrack, leases,\n" +
-			"stale links, kernel features and kube-proxy. With --fix it does the remedies that are safe:\n" +
+		Long: "Check what usually goes wrong on a node, with the remedy for each: the agent, the table and its\n" +
+			"rules, forwarding, reverse path filters, other firewalls, CNI configurations, stale links, MTU,\n" +
+			"paths to other nodes, conntrack, leases, kube-proxy, the clock and kernel features. With --fix it does the remedies that are safe:\n" +
 			"those that change a setting nothing else can want otherwise on a node with pods.\n\n" +
 			"Exit status 1: something is broken.",
 		Example: "  nftcni debug doctor\n  nftcni debug doctor --fix\n  nftcni debug doctor -o json | jq '.[] | select(.health != \"ok\")'",
