@@ -145,6 +145,7 @@ func TestKernelForeignMark(t *testing.T) {
 	needNft(t)
 	w := newWorld(t)
 	far := w.Outside("far", "203.0.113.7", "2001:db8:2::7")
+	w.Await(far)
 	nftFile(t, `table inet vpn {
 	chain marks { type filter hook forward priority mangle; ct state new ct mark set 0x77; }
 	chain sees { type filter hook postrouting priority 300; ct mark 0x77 meta mark set 0x1 counter comment "kept"; }

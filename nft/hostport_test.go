@@ -63,7 +63,7 @@ func TestKernelHostPorts(t *testing.T) {
 func TestKernelHostPortAddress(t *testing.T) {
 	w := newWorld(t)
 	second := w.Outside("second", "203.0.113.7", "2001:db8:2::7")
-	_ = second
+	w.Await(second)
 	apply(t, w.table, nft.Change{HostPorts: []nft.HostPort{
 		hostPort(policy.TCP, "198.51.100.1", 8080, "10.9.0.1", 80), hostPort(policy.TCP, "2001:db8:1::1", 8080, "fd09::1", 80),
 		hostPort(policy.TCP, "198.51.100.2", 8080, "10.9.0.1", 8050), hostPort(policy.TCP, "127.0.0.1", 9090, "10.9.0.1", 80),
@@ -168,6 +168,7 @@ func TestKernelHostPortNeighbours(t *testing.T) {
 func TestKernelHostPortFlows(t *testing.T) {
 	w := newWorld(t)
 	beyond := w.Outside("beyond", "203.0.113.7", "2001:db8:2::7")
+	w.Await(beyond)
 	for _, f := range []struct{ node, one, other, any, far string }{
 		{"198.51.100.1", "10.9.0.2", "10.9.0.3", "0.0.0.0", "203.0.113.7"}, {"2001:db8:1::1", "fd09::2", "fd09::3", "::", "2001:db8:2::7"},
 	} {

@@ -52,6 +52,7 @@ func TestKernelTunnels(t *testing.T) {
 	const port = 4793
 	w := newWorld(t)
 	intruder := w.Outside("intruder", "203.0.113.7", "2001:db8:2::7")
+	w.Await(intruder)
 	macs := map[byte]net.HardwareAddr{7: vxlanDevice(t, 7, port, nil), 8: vxlanDevice(t, 8, port, net.ParseIP("2001:db8:1::1"))}
 	nftFile(t, `table inet service { chain prerouting { type nat hook prerouting priority dstnat;
 		ip daddr 10.96.0.1 udp dport 99 dnat ip to 198.51.100.1:4793
