@@ -227,6 +227,12 @@ func TestMeetsAreFew(t *testing.T) {
 			[2]bool{}, [2]int{2, 2},
 		},
 		{
+			"isolation ends, and egress of another opens",
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in), ports(3, out, 80, 80)}},
+			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, out, 80, 81)}},
+			[2]bool{}, [2]int{1, 1},
+		},
+		{
 			"isolation that begins in one and ends in the other",
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in)}},
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(2, out)}},
@@ -263,9 +269,9 @@ func TestMeetsAreFew(t *testing.T) {
 			[2]bool{}, [2]int{1, 1},
 		},
 		{
-			"a fresh profile knows a pod by its new label, while egress of another closes",
-			policy.Cluster{Pods: []policy.Pod{pod(1, "a"), pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("a"), from("c")), peers(3, out, policy.Rule{})}},
-			policy.Cluster{Pods: []policy.Pod{pod(1, "c"), pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("c")), peers(3, out)}},
+			"a fresh profile knows a pod by its new label, while egress of another changes",
+			policy.Cluster{Pods: []policy.Pod{pod(1, "a"), pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("a"), from("c")), ports(3, out, 80, 80)}},
+			policy.Cluster{Pods: []policy.Pod{pod(1, "c"), pod(2), pod(3)}, Policies: []policy.Policy{peers(2, in, from("a"), from("c"), from("b")), ports(3, out, 81, 81)}},
 			[2]bool{}, [2]int{2, 1},
 		},
 		{

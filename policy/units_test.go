@@ -595,3 +595,26 @@ func TestTidyForgets(t *testing.T) {
 		}
 	}
 }
+
+// TestBuckets: a selector is filed under the rarest thing it demands.
+func TestBuckets(t *testing.T) {
+	one := Selector{[]Requirement{{"a", In, []string{"x"}}}}
+	for _, tc := range []struct {
+		s    PodSelector
+		want string
+	}{
+		{PodSelector{}, ""},
+		{PodSelector{Namespace: "ns"}, "nns"},
+		{PodSelector{Namespace: "ns", Pods: one}, "Nns\x00a\x00x"},
+		{PodSelector{Pods: one}, "pa\x00x"},
+		{PodSelector{Namespaces: one}, "la\x00x"},
+		{PodSelector{Namespaces: one, Pods: one}, "la\x00x"},
+		{PodSelector{Pods: Selector{[]Requirement{{"a", In, []string{"x", "y"}}}}}, ""},
+		{PodSelector{Pods: Selector{[]Requirement{{"a", NotIn, []string{"x"}}}}}, ""},
+		{PodSelector{Pods: Selector{[]Requirement{{"b", Exists, nil}, {"a", In, []string{"x"}}}}}, "pa\x00x"},
+	} {
+		if got := bucket(&tc.s); got != tc.want {
+			t.Errorf("%v: %q, want %q", tc.s, got, tc.want)
+		}
+	}
+}

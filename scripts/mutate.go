@@ -311,15 +311,16 @@ func main() {
 	write := flag.String("write", "", "write the result to this file")
 	only := flag.String("only", "", "run those whose name contains this, or that a line of this file names")
 	log := flag.String("log", "", "append each outcome to this file, and take those that it has from it")
+	note := flag.String("note", "", "what to say of this run in the result")
 	limit := flag.Duration("for", 0, "stop after this time; 0: when all ran")
 	flag.Parse()
-	if err := mutate(*seeded, *list, *slow, *only, *write, *log, *limit); err != nil {
+	if err := mutate(*seeded, *list, *slow, *only, *write, *note, *log, *limit); err != nil {
 		fmt.Fprintln(os.Stderr, "mutate:", err)
 		os.Exit(1)
 	}
 }
 
-func mutate(seeded int, list, slow bool, only, write, log string, limit time.Duration) error {
+func mutate(seeded int, list, slow bool, only, write, note, log string, limit time.Duration) error {
 	root, err := os.Getwd()
 	if err != nil {
 		return err
@@ -353,7 +354,7 @@ func mutate(seeded int, list, slow bool, only, write, log string, limit time.Dur
 	if err := j.runAll(slow); err != nil {
 		return err
 	}
-	text, unexplained := j.report()
+	text, unexplained := j.report(note)
 	fmt.Print(text)
 	fmt.Printf("\n%v\n", time.Since(start).Round(time.Second))
 	if write != "" {

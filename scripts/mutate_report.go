@@ -76,7 +76,7 @@ func (l *runLog) add(m mutant, o outcome) error {
 }
 
 // report says what became of the mutants, and how many survived without an explanation.
-func (j *job) report() (string, int) {
+func (j *job) report(note string) (string, int) {
 	counts := map[outcome]int{}
 	var lines []string
 	unexplained := 0
@@ -101,6 +101,9 @@ func (j *job) report() (string, int) {
 	built := dead + counts[survived]
 	var b strings.Builder
 	b.WriteString(intro)
+	if note != "" {
+		b.WriteString(note + "\n\n")
+	}
 	fmt.Fprintf(&b, "| | |\n|---|---|\n| mutants there are | %d |\n| run | %d |\n| do not build, not counted | %d |\n| built | %d |\n| killed by a test | %d |\n| killed by the limit of %d s of CPU | %d |\n| survived | %d (%.1f%%) |\n| survived, not explained | %d |\n| CPU time of the fast suite | %.1f s |\n\n",
 		len(j.all), built+counts[noBuild], counts[noBuild], built, counts[killed], j.limit, counts[tooLong], counts[survived], 100*float64(counts[survived])/float64(max(1, built)), unexplained, j.suiteCPU.Seconds())
 	fmt.Fprintf(&b, "## Survivors\n\n%s", strings.Join(lines, ""))
@@ -119,6 +122,7 @@ decided can depend on it: numbers in types and constants, capacities given to ma
 appended to a key as separators.
 
 All mutants are compiled into one copy of the package, outside of the tree, each behind a switch
-(a mutant that cannot be switched is built alone), and the suite runs once for each.
+(a mutant that cannot be switched is built alone), and the suite runs once for each. A survivor is a failure unless scripts/mutants-explained
+says why it is none.
 
 `
