@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -46,7 +48,7 @@ func NewCommand() *cobra.Command {
 		Short: "Ask what is in force on this node, and why",
 		Long: "Ask what is in force on this node, and why.\n\n" +
 			"Every command prints a table, or with -o json|yaml a stable form for programs.",
-		PersistentPreRunE: s.checkFormat,
+		PersistentPreRunE: s.prepare,
 	}
 	f := cmd.PersistentFlags()
 	f.StringVar(&s.runDir, "run-dir", cni.DefaultRunDir, "the agent's runDir (its socket is in it)")
@@ -78,10 +80,17 @@ func Group(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
-// checkFormat refuses an unknown format before anything is done.
-func (s *session) checkFormat(*cobra.Command, []string) error {
+// garbageShare is the GOGC of these commands: they end before there is much garbage, and at
+// 10,000 pods a tenth of their time went into collecting what is still needed.
+const garbageShare = 400
+
+// prepare refuses an unknown format before anything is done.
+func (s *session) prepare(*cobra.Command, []string) error {
 	if s.format != "table" && s.format != "json" && s.format != "yaml" {
 		return errFormat(s.format)
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbageShare)
 	}
 	return nil
 }

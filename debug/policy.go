@@ -24,7 +24,7 @@ func NewPolicyCommand() *cobra.Command {
 		Long: "Render, explain and test policies from manifests, without a node, root or a cluster.\n\n" +
 			"Pods of manifests have no addresses; each gets one of each family from its node's\n" +
 			"podCIDRs, or from 100.64.0.0/10 and fd00:6440::/64.",
-		PersistentPreRunE: s.checkFormat,
+		PersistentPreRunE: s.prepare,
 	}
 	cmd.PersistentFlags().StringVarP(&s.format, "output", "o", "table", "table, json or yaml")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]cobra.Completion{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
