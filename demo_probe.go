@@ -236,7 +236,7 @@ func askAll(ctx context.Context, probes []*probe, expected func(*probe) bool) er
 			silent = append(silent, p)
 		}
 	}
-	return newProber(len(sources), 6*quiet).run(ctx, silent)
+	return newProber(len(sources), 16*quiet).run(ctx, silent)
 }
 
 // run sends the probes, all sources at once, and notes which were answered. An error

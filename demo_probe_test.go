@@ -42,8 +42,7 @@ func testProbe(t *testing.T) {
 			}
 		}
 	}
-	pr := newProber(2, 300*time.Millisecond)
-	if err := pr.run(t.Context(), probes); err != nil {
+	if err := newProber(2, 20*time.Second).run(t.Context(), probes); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range probes {
@@ -51,8 +50,9 @@ func testProbe(t *testing.T) {
 			t.Errorf("%s: silent, want an answer", p)
 		}
 	}
+	pr := newProber(2, 300*time.Millisecond)
 	closed := &probe{src: node, dst: world, from: nodePrefixes[0].Addr(), to: v4, service: service{policy.TCP, 81}}
-	if err := pr.run(t.Context(), []*probe{closed}); err == nil {
+	if err := newProber(2, 20*time.Second).run(t.Context(), []*probe{closed}); err == nil {
 		t.Errorf("%s: no error, want a refused connection", closed)
 	}
 	// An address that nobody has: the outside host drops what is not for it.

@@ -105,7 +105,7 @@ func (n *foreignNode) check(t *testing.T, when string, allowed ...string) {
 	t.Helper()
 	want := func(p *probe) bool { return slices.Contains(allowed, p.src.name) }
 	var wrong []string
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
 		probes := n.probes()
 		if err := askAll(t.Context(), probes, want); err != nil {
 			t.Fatal(err)
