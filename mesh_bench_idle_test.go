@@ -14,6 +14,10 @@ import (
 	"github.com/nftcni/nftcni/nft"
 )
 
+// probesEnd is when paths that answered nothing are asked for the last time after the agent's start, with some room: the
+// nodes of the manifests do not exist.
+const probesEnd = 6 * time.Minute
+
 // idle prints what both agents do while nothing happens, for IDLE seconds (120), and what a thousand
 // nodes cost: the agents have just been started on a node that had everything.
 func (w *meshBench) idle() {
@@ -25,7 +29,7 @@ func (w *meshBench) idle() {
 	if err != nil || seconds < 1 {
 		seconds = 120
 	}
-	settle := time.NewTimer(5 * time.Second)
+	settle := time.NewTimer(probesEnd)
 	<-settle.C
 	ctx, cancel := context.WithCancel(w.b.Context())
 	defer cancel()

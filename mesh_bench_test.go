@@ -34,10 +34,12 @@ func BenchmarkMesh(b *testing.B) {
 		b.Skip("namespaces of its own are needed: run scripts/bench-mesh")
 	}
 	for range b.N {
-		for _, mode := range []cni.MeshMode{cni.MeshAuto, cni.MeshVXLAN} {
+		for _, mode := range []cni.MeshMode{cni.MeshVXLAN, cni.MeshAuto} {
 			w := newMeshBench(b, filepath.Join(dir, string(mode)), mode)
 			w.packets()
-			w.idle()
+			if mode == cni.MeshAuto { // with it half of the nodes are behind VXLAN
+				w.idle()
+			}
 			w.close()
 		}
 	}
