@@ -221,6 +221,7 @@ func (b *books) checkNumbers() {
 	}
 	for key, p := range e.profiles {
 		profiles[p.dir][p.num] = struct{}{}
+		b.want(e.profileNumbers(p.dir).valid(p.num), "%v profile %x", p.dir, p.num)
 		b.want(p.key == key && p.users == users[p] && p.users > 0 && !p.fresh, "profile %x has %d users, counted %d", p.num, users[p], p.users)
 		for _, n := range p.anyNames {
 			_, ok := e.nameProfiles[n][p]
@@ -238,6 +239,7 @@ func (b *books) checkNumbers() {
 	}
 	for num, i := range e.identities {
 		identities[i.num] = struct{}{}
+		b.want(e.identityNumbers.valid(i.num), "identity %x", i.num)
 		aliases[i.sig]++
 		b.want(num == i.num && members[i] == i.members && i.members > 0, "identity %x has %d members, counted %d", num, members[i], i.members)
 		b.want(!i.moved && i.prev == nil, "identity %x is unfinished", num)
@@ -286,6 +288,7 @@ func (b *books) checkRows() {
 			continue // classify above may have made it
 		}
 		numbers[c.num] = struct{}{}
+		b.want(e.classNumbers.valid(c.num), "class %x", c.num)
 		b.want(c.key == key && c.refs == refs[c] && c.written, "class %v is used %d times, counted %d", c, refs[c], c.refs)
 		for _, w := range c.walks {
 			b.want(e.walks[w] == c, "walk of %v", c)
@@ -354,6 +357,11 @@ func (b *books) checkTidy() {
 	f.Replace(e.Cluster())
 	f.Tidy()
 	b.want(!e.untidy, "untidy after Tidy")
+	for _, a := range e.atoms {
+		for n, u := range a.names {
+			b.want(u.refs > 0, "name %s of %v is remembered", n.name, a)
+		}
+	}
 	for _, i := range e.identities {
 		b.want(i.sig != nil, "identity %x tells nothing", i.num)
 	}

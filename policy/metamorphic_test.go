@@ -473,25 +473,29 @@ func TestSplitsMoveTheFewer(t *testing.T) {
 		return []policy.Peer{{Block: &policy.Block{CIDR: netip.MustParsePrefix(cidr)}}}
 	}
 	red := []policy.Peer{{Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "team", Values: []string{"red"}}}}}}}
+	app := func(op policy.Operator, v string) []policy.Peer {
+		return []policy.Peer{{Pods: &policy.PodSelector{Pods: policy.Selector{Requirements: []policy.Requirement{{Key: "app", Op: op, Values: []string{v}}}}}}}
+	}
 	c.Policies = []policy.Policy{networkPolicy("ns0", "everyone", policy.Selector{}, policy.Ingress, policy.Rule{Peers: everyone})}
 	for _, tc := range []struct {
-		name string
-		rule policy.Rule
-		max  int // elements of addresses and ranges, a change is two
+		name  string
+		rules []policy.Rule
+		max   int // elements of addresses and ranges, a change is two
 	}{
-		{"a name that most have", policy.Rule{Peers: everyone, Ports: []policy.PortMatch{{Protocol: policy.TCP, Name: "http"}}}, 10},
-		{"any address, a name that most have", policy.Rule{Ports: []policy.PortMatch{{Protocol: policy.TCP, Name: "http"}}}, 10},
-		{"labels that most have", policy.Rule{Peers: red}, 22},
-		{"a block that most are in", policy.Rule{Peers: block("10.0.0.0/24")}, 1},
-		{"a block that few are in", policy.Rule{Peers: block("10.0.0.8/29")}, 17},
-		{"a block that none is in", policy.Rule{Peers: block("10.9.0.0/24")}, 1},
+		{"a name that most have", []policy.Rule{{Peers: everyone, Ports: []policy.PortMatch{{Protocol: policy.TCP, Name: "http"}}}}, 10},
+		{"any address, a name that most have", []policy.Rule{{Ports: []policy.PortMatch{{Protocol: policy.TCP, Name: "http"}}}}, 10},
+		{"labels that most have", []policy.Rule{{Peers: red}}, 22},
+		{"two parts of all", []policy.Rule{{Peers: app(policy.NotIn, "app3")}, {Peers: app(policy.In, "app3")}}, 4},
+		{"a block that most are in", []policy.Rule{{Peers: block("10.0.0.0/24")}}, 1},
+		{"a block that few are in", []policy.Rule{{Peers: block("10.0.0.8/29")}}, 17},
+		{"a block that none is in", []policy.Rule{{Peers: block("10.9.0.0/24")}}, 1},
 	} {
 		f := newFollower(1, policytest.Options{})
 		f.flows = 0
 		if err := f.follow(f.e.Replace(c)); err != nil {
 			t.Fatal(err)
 		}
-		p := networkPolicy("ns0", "split", policy.Selector{}, policy.Egress, tc.rule)
+		p := networkPolicy("ns0", "split", policy.Selector{}, policy.Egress, tc.rules...)
 		local := c.Pods[0]
 		local.Node = policytest.Node(0)
 		if err := f.follow(f.e.Apply(policy.Event{Pod: &local})); err != nil {

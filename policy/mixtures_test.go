@@ -227,6 +227,18 @@ func TestMeetsAreFew(t *testing.T) {
 			[2]bool{}, [2]int{2, 2},
 		},
 		{
+			"a pod goes while another moves and another's profile changes",
+			policy.Cluster{Pods: []policy.Pod{pod(1, "x"), pod(2, "x"), pod(3), pod(4)}, Policies: []policy.Policy{networkPolicy("ns0", "x", has("x"), in, from("from"))}},
+			policy.Cluster{Pods: []policy.Pod{pod(2, "x"), pod(3), pod(4, "from")}, Policies: []policy.Policy{networkPolicy("ns0", "x", has("x"), in, from("from")), peers(3, in)}},
+			[2]bool{}, [2]int{1, 2},
+		},
+		{
+			"isolation, egress of another closes, and a pod loses its label",
+			policy.Cluster{Pods: []policy.Pod{pod(1), pod(2), pod(3), pod(4, "from")}, Policies: []policy.Policy{peers(2, in, from("from")), peers(3, out, policy.Rule{})}},
+			policy.Cluster{Pods: pods[:4], Policies: []policy.Policy{peers(1, in), peers(2, in, from("from")), peers(3, out)}},
+			[2]bool{}, [2]int{2, 2},
+		},
+		{
 			"isolation ends, and egress of another opens",
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{peers(1, in), ports(3, out, 80, 80)}},
 			policy.Cluster{Pods: pods, Policies: []policy.Policy{ports(3, out, 80, 81)}},
@@ -485,5 +497,35 @@ func TestSettle(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+// TestAdoptKeepsElements: an address that has an element has one until Tidy, for a packet
+// may have looked for its range already.
+func TestAdoptKeepsElements(t *testing.T) {
+	f := newFollower(1, policytest.Options{})
+	f.flows = 0
+	c := policy.Cluster{
+		Pods:     []policy.Pod{labelledPod(0, 1), labelledPod(1, 2, "a")},
+		Policies: []policy.Policy{networkPolicy("ns0", "p", has("pod1"), policy.Ingress, from("a"))},
+	}
+	if err := f.follow(f.e.Replace(&c)); err != nil {
+		t.Fatal(err)
+	}
+	f.e = newEngine(1)
+	f.e.Adopt(maps.Clone(f.tables))
+	c.Pods = c.Pods[:1]
+	if err := f.follow(f.e.Replace(&c)); err != nil {
+		t.Fatal(err)
+	}
+	element := policy.Key{Map: policy.PodID, Addr: policytest.Address(2, false)}
+	if _, ok := f.tables[element]; !ok {
+		t.Error("the element of a pod that is gone went before Tidy")
+	}
+	if err := f.compare(); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := f.tables[element]; ok {
+		t.Error("the element of a pod that is gone stays after Tidy")
 	}
 }
