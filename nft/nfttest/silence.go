@@ -6,8 +6,6 @@ import (
 	"os"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // patience is how long a probe waits at least before silence counts as an answer. NFTCNI_PATIENCE, a duration,
@@ -19,8 +17,7 @@ func patience() time.Duration {
 	return 300 * time.Millisecond
 }
 
-// silence calls end when an answer that has not come will not come: after patience, and after as many round trips
-// between two goroutines through the kernel as take a machine under load longer than any one answer. After stop it does not.
+// silence calls end when an answer that has not come will not come: after patience and roundTrips. After stop it does not.
 func silence(end func()) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var mu sync.Mutex // held while end runs
@@ -40,62 +37,27 @@ func silence(end func()) (stop func()) {
 	}
 }
 
-// roundTrips sends one byte to and fro until it was there fifty times, or ctx ends.
+// roundTrips sends twenty datagrams over the loopback, 10 ms apart, and reads each: that many turns a machine under load
+// gives its other processes, and the kernel's handling of packets, before it ends.
 func roundTrips(ctx context.Context) {
-	const rounds = 50
-	here, there, err := socketPair()
-	if err != nil {
-		return
+	c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err == nil {
+		defer c.Close()
 	}
-	defer here.Close()
-	defer there.Close()
-	defer context.AfterFunc(ctx, func() { _ = here.Close() })()
-	go func() {
-		b := make([]byte, 1)
-		for {
-			if _, err := there.Read(b); err != nil {
-				return
-			}
-			if _, err := there.Write(b); err != nil {
-				return
-			}
-		}
-	}()
-	for b := []byte{0}; ; {
-		if _, err := here.Write(b); err != nil {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for b := []byte{0}; b[0] < 20; b[0]++ {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
 			return
 		}
-		if _, err := here.Read(b); err != nil {
-			return
+		if err != nil {
+			continue // a namespace whose loopback is down: the turns alone
 		}
-		if b[0]++; b[0] == rounds {
-			return
-		}
-	}
-}
-
-func socketPair() (here, there net.Conn, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	var conns [2]net.Conn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "socketpair")
-		c, fileErr := net.FileConn(f)
-		_ = f.Close()
-		if fileErr != nil {
-			err = fileErr
-			continue
-		}
-		conns[i] = c
-	}
-	if err != nil {
-		for _, c := range conns {
-			if c != nil {
-				_ = c.Close()
-			}
+		if _, sendErr := c.WriteTo(b, c.LocalAddr()); sendErr == nil {
+			_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+			_, _ = c.Read(make([]byte, 1))
 		}
 	}
-	return conns[0], conns[1], err
 }
