@@ -122,7 +122,7 @@ decided can depend on it: numbers in types and constants, capacities given to ma
 appended to a key as separators.
 
 All mutants are compiled into one copy of the package, outside of the tree, each behind a switch
-(a mutant that cannot be switched is built alone), and the suite runs once for each. A survivor is a failure unless scripts/mutants-explained says
-why it is none.
+(a mutant that cannot be switched is built alone), and the suite runs once for each.
+A survivor is a failure unless scripts/mutants-explained says why it is none.
 
 `
