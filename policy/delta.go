@@ -188,10 +188,11 @@ func (pl *plan) delta() Delta {
 	}
 	d.add(e.maxStep, pl.release)
 	d.add(e.maxStep, pl.late)
-	if d.Settle = pl.repoints && e.retired; d.Settle {
-		e.retired = false
-	}
+	earlier := e.retired
+	e.retired = false
 	d.Drops = pl.drops()
+	d.Settle = pl.repoints && (earlier || e.retired)
+	e.retired = e.retired || earlier && !d.Settle
 	e.finish()
 	return d
 }
