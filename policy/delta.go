@@ -23,7 +23,7 @@ func (pl *plan) writeMoves() {
 				pl.pieces[m.piece].id = g.to
 				continue
 			}
-			pl.writeMove(m.a, g.to, m.wanted || g.to != nil && (g.neutral || g.to.moved))
+			pl.writeMove(m.a, g.from, g.to, m.wanted || g.to != nil && (g.neutral || g.to.moved))
 		}
 	}
 	if pl.pieces == nil {
@@ -32,8 +32,9 @@ func (pl *plan) writeMoves() {
 	pl.writeNets(pl.pieces)
 }
 
-// writeMove gives r the element i, or none.
-func (pl *plan) writeMove(r *address, i *identity, keep bool) {
+// writeMove gives r the element i, or none. Until now r is taken for from, by its element or by its range; profiles
+// that are gone know from and not i.
+func (pl *plan) writeMove(r *address, from, i *identity, keep bool) {
 	key := Key{Map: PodID, Addr: r.addr}
 	if !keep {
 		i = nil
@@ -41,11 +42,11 @@ func (pl *plan) writeMove(r *address, i *identity, keep bool) {
 	if r.id == i {
 		return
 	}
+	pl.repoints = pl.repoints || from != nil
 	if r.id != nil {
 		pl.podOps = append(pl.podOps, remove(key, r.id.num))
 		r.id.members--
 		pl.e.looseIdentities = append(pl.e.looseIdentities, r.id)
-		pl.repoints = true
 	}
 	if i != nil {
 		pl.podOps = append(pl.podOps, add(key, i.num, r.comment()))

@@ -17,12 +17,16 @@
 //
 // The order of a Delta's steps, and why no packet is decided as neither the old nor the
 // new policy demands, is explained on plan (plan.go). Beyond the order, a dataplane
-// must do three things:
+// must do four things:
 //
 //   - A key that Drops of an earlier delta still owes a deletion must not be changed
 //     before; wait for the grace period and commit the Drops first. Delta.Settle asks
 //     for the same for all Drops owed.
 //   - Delta.Pause asks for a grace period between two steps.
+//   - After a delta that changed the profiles or the isolation of an address that was
+//     local before, a grace period passes before the next delta's first step that changes
+//     an element of an address: a packet may have found it without a profile before the
+//     one, isolated after it, and would find it without again (docs/decisions/0006).
 //   - A profile that is not found for a member of the isolated set is looked up once
 //     more before the miss denies.
 //

@@ -468,6 +468,7 @@ func TestSettle(t *testing.T) {
 		{"a pod comes after a profile went", [][]policy.Event{retire, {{Pod: ptr(labelledPod(1, 4, "a"))}}, {{Pod: ptr(labelledPod(1, 4, "b"))}}}, []bool{false, false, true}},
 		{"a range is cut after a profile went", [][]policy.Event{retire, {{Policy: in("y", "pod1", block("10.9.1.0/24"))}}}, []bool{false, true}},
 		{"a range comes after a profile went", [][]policy.Event{retire, {{Policy: in("y", "pod1", block("10.8.1.0/24"))}}}, []bool{false, false}},
+		{"a pod comes in a range after a profile went", [][]policy.Event{{{Policy: in("y", "pod1", block("10.1.0.0/24"))}}, {{Pod: ptr(labelledPod(1, 3, "c"))}}, retire, {{Pod: ptr(labelledPod(1, 4, "a"))}}}, []bool{false, true, false, true}},
 		{"two waits", [][]policy.Event{retire, {{Pod: ptr(labelledPod(1, 2, "b"))}, {Policy: in("x", "pod1")}}, {{Pod: ptr(labelledPod(1, 2, "a"))}}}, []bool{false, true, true}},
 	} {
 		f := newFollower(1, policytest.Options{})

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/nftcni/nftcni/policy"
@@ -20,12 +21,29 @@ type laggard struct {
 	oracles []*policy.Oracle
 	r       *rand.Rand
 	settled int
+	judged  bool // profiles or isolation changed since the last grace period
 }
 
 // grace lets every packet in flight end.
 func (l *laggard) grace(oracles int) {
 	l.states = []policy.LookupFunc{maps.Clone(l.kernel).Index()}
 	l.oracles = l.oracles[len(l.oracles)-oracles:]
+	l.judged = false
+}
+
+// addressed reports whether a step changes an element of an address.
+func addressed(s []policy.Op) bool {
+	return slices.ContainsFunc(s, func(op policy.Op) bool { return op.Map <= policy.IsolatedEgress })
+}
+
+// judges reports whether d changes profiles or isolation of an address that is local in o.
+func judges(d policy.Delta, o *policy.Oracle) bool {
+	return slices.ContainsFunc(d.Steps, func(s []policy.Op) bool {
+		return slices.ContainsFunc(s, func(op policy.Op) bool {
+			a := o.Owner(op.Addr)
+			return op.Map >= policy.IngressProfile && op.Map <= policy.IsolatedEgress && a != nil && a.Node == policytest.Node(0)
+		})
+	})
 }
 
 func (l *laggard) mustSettle(d policy.Delta) bool {
@@ -53,9 +71,11 @@ func (l *laggard) apply(d policy.Delta) error {
 		l.grace(1)
 	}
 	l.oracles = append(l.oracles, policy.NewOracle(l.e.Cluster(), policytest.Node(0)))
+	judged := l.judged
 	for i, s := range d.Steps {
-		if i > 0 && i == d.Pause {
+		if i > 0 && i == d.Pause || judged && addressed(s) {
 			l.grace(2)
+			judged = false
 		}
 		if err := l.kernel.Apply(s); err != nil {
 			return err
@@ -63,6 +83,7 @@ func (l *laggard) apply(d policy.Delta) error {
 		l.states = append(l.states, maps.Clone(l.kernel).Index())
 	}
 	l.owed = append(l.owed, d.Drops...)
+	l.judged = l.judged || judges(d, l.oracles[len(l.oracles)-2])
 	return nil
 }
 

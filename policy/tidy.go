@@ -29,7 +29,7 @@ func (e *Engine) Tidy() Delta {
 	}
 	for _, r := range sortedAddresses(all) {
 		s := r.id.sig
-		pl.writeMove(r, winner[s], r.owner != nil && s != e.nets.find(r.addr))
+		pl.writeMove(r, r.id, winner[s], r.owner != nil && s != e.nets.find(r.addr))
 		if r.owner == nil {
 			e.touch(r)
 		}
