@@ -21,10 +21,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nftcni/nftcni/cni"
+	"github.com/nftcni/nftcni/nft"
 )
+
+// floorTable is what we compare with: conntrack alone.
+const floorTable = "floor"
 
 const (
 	meshRounds  = 9
+	meshBursts  = 60  // of each side in a round, in turn: what else the machine does falls on both alike
+	meshBurst   = 600 // packets
 	meshChunk   = 300 * time.Millisecond
 	meshNew     = 16_000 // connections of a chunk, each of one packet
 	handDevice  = "hand0"
@@ -45,7 +51,7 @@ type meshMeasure struct {
 func (w *meshBench) packets() {
 	for _, n := range w.nodes {
 		n.stop() // its table stays in force, and nobody mends what the measurement switches off
-		n.nft("table inet floor { flags dormant; chain forward { type filter hook forward priority filter; ct state established,related accept; }\n }")
+		n.nft("table inet " + floorTable + " { flags dormant; chain forward { type filter hook forward priority filter; ct state established,related accept; }\n }")
 	}
 	stop := w.serve()
 	defer stop()
@@ -54,9 +60,12 @@ func (w *meshBench) packets() {
 			n.handMade(family)
 		}
 		w.mustBeJudged(family)
+		w.established(name, family)
+		if os.Getenv("PARTS") != "" && w.mode == cni.MeshAuto {
+			w.parts(name, family)
+		}
 		for _, m := range []meshMeasure{
-			{"established, CPU ns/packet", meshRounds, func() float64 { return w.send(family, false) }},
-			{"new connections, CPU ns/packet", meshRounds, func() float64 { return w.send(family, true) }},
+			{"new connections, CPU ns/packet", meshRounds, func() float64 { return w.sendNew(family) }},
 			{"TCP_RR, transactions/s", 5, func() float64 { return w.roundTrips(family) }},
 			{"iperf3, Gbit/s", 5, func() float64 { return w.iperf(family) }},
 		} {
@@ -67,28 +76,39 @@ func (w *meshBench) packets() {
 		}
 	}
 	for _, n := range w.nodes {
+		n.check(n.tables.conn.Close())
+		n.tables = nil
 		n.start()
 	}
 }
 
 func (w *meshBench) compare(family string, index int, m meshMeasure) {
-	var floor, ours, ratio []float64
+	var floor, ours []float64
 	for i := range m.rounds {
 		var pair [2]float64
 		for _, side := range []int{i % 2, 1 - i%2} {
 			w.use(side == 1, index)
 			pair[side] = m.take()
 		}
-		floor, ours, ratio = append(floor, pair[0]), append(ours, pair[1]), append(ratio, pair[1]/pair[0])
+		floor, ours = append(floor, pair[0]), append(ours, pair[1])
 	}
 	w.use(true, index)
+	w.row(family, m.what, floor, ours)
+}
+
+// row prints the medians of both sides' rounds, and the median and the range of the rounds' ratios.
+func (w *meshBench) row(family, what string, floor, ours []float64) {
 	load, _ := os.ReadFile("/proc/loadavg")
 	format := "| %s | %s | %s | %.0f | %.0f | **%.3f** | %.3f (%.3f to %.3f) | %s |\n"
-	if strings.Contains(m.what, "Gbit") {
+	if strings.Contains(what, "Gbit") {
 		format = strings.Replace(format, "%.0f | %.0f", "%.2f | %.2f", 1)
 	}
+	ratio := make([]float64, len(floor))
+	for i := range floor {
+		ratio[i] = ours[i] / floor[i]
+	}
 	slices.Sort(ratio)
-	fmt.Printf(format, w.mode, family, m.what, medianOf(floor), medianOf(ours), medianOf(ours)/medianOf(floor), medianOf(ratio), ratio[0], ratio[len(ratio)-1], strings.Fields(string(load))[0])
+	fmt.Printf(format, w.mode, family, what, medianOf(floor), medianOf(ours), medianOf(ours)/medianOf(floor), medianOf(ratio), ratio[0], ratio[len(ratio)-1], strings.Fields(string(load))[0])
 }
 
 func medianOf(list []float64) float64 {
@@ -99,12 +119,18 @@ func medianOf(list []float64) float64 {
 // use puts our table in force on both nodes, or conntrack alone; behind VXLAN our device, or the
 // one made by hand.
 func (w *meshBench) use(ours bool, family int) {
+	table := floorTable
+	if ours {
+		table = nft.TableName
+	}
+	w.useTable(table, family)
+}
+
+// useTable puts one table in force and makes the one before it dormant.
+func (w *meshBench) useTable(table string, family int) {
+	ours := table != floorTable
 	for _, n := range w.nodes {
-		if ours {
-			n.nft("add table inet nftcni\nadd table inet floor { flags dormant; }")
-		} else {
-			n.nft("add table inet floor\nadd table inet nftcni { flags dormant; }")
-		}
+		n.check(n.switchTo(table))
 		if w.mode == cni.MeshVXLAN {
 			n.do(func() error { return n.handRoute(family, !ours) })
 		}
@@ -221,30 +247,91 @@ func (w *meshBench) mustBeJudged(family int) {
 	}
 }
 
-// send is the thread's CPU time of one packet: the sender's system call runs the whole way through
-// both nodes to the receiver's socket.
-func (w *meshBench) send(family int, fresh bool) (cost float64) {
+// established prints the thread's CPU time of one packet of a live connection: the sender's system call runs the whole
+// way through both nodes to the receiver's socket. Both sides send short bursts of one connection in turn.
+func (w *meshBench) established(name string, family int) {
+	cost, stop := w.flow(family)
+	defer stop()
+	var floor, ours []float64
+	for i := range meshRounds {
+		var sum [2]float64
+		for j := range meshBursts {
+			for _, side := range []int{(i + j) % 2, 1 - (i+j)%2} {
+				w.use(side == 1, family)
+				sum[side] += cost()
+			}
+		}
+		floor, ours = append(floor, sum[0]/meshBursts), append(ours, sum[1]/meshBursts)
+	}
+	w.use(true, family)
+	w.row(name, "established, CPU ns/packet", floor, ours)
+}
+
+// flow opens a connection between the pods that the table allows; cost sends a burst of it. The calling goroutine keeps
+// its thread, and the thread its CPU, until stop.
+func (w *meshBench) flow(family int) (cost func() float64, stop func()) {
+	w.use(true, family)
+	w.flushConntrack()
+	var fd int
+	data := make([]byte, 32)
+	w.check(inNetNS(w.nodes[0].pod, func() (err error) {
+		if fd, _, err = meshSocket(w.nodes[0].podAddrs[family], w.nodes[1].podAddrs[family], false); err != nil {
+			return err
+		}
+		return w.answer(fd, data)
+	}))
+	runtime.LockOSThread()
+	var before, one unix.CPUSet
+	one.Set(runtime.NumCPU() - 1)
+	w.check(errors.Join(unix.SchedGetaffinity(0, &before), unix.SchedSetaffinity(0, &one)))
+	cost = func() float64 {
+		c, err := sendBurst(fd, data)
+		w.check(err)
+		return c
+	}
+	return cost, func() {
+		w.check(errors.Join(unix.SchedSetaffinity(0, &before), unix.Close(fd)))
+		runtime.UnlockOSThread()
+	}
+}
+
+func (w *meshBench) flushConntrack() {
 	for _, n := range w.nodes {
 		n.do(func() error { return errors.Join(netlink.ConntrackTableFlush(netlink.ConntrackTable)) })
 	}
+}
+
+func sendBurst(fd int, data []byte) (float64, error) {
+	var before, after unix.Timespec
+	for i := range meshBurst / 10 * 11 {
+		if i == meshBurst/10 { // the first ones warm the caches
+			if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &before); err != nil {
+				return 0, err
+			}
+		}
+		if _, err := unix.Write(fd, data); err != nil {
+			return 0, err
+		}
+	}
+	err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &after)
+	return float64(after.Nano()-before.Nano()) / meshBurst, err
+}
+
+// sendNew is the thread's CPU time of the first packet of a connection.
+func (w *meshBench) sendNew(family int) (cost float64) {
+	w.flushConntrack()
 	w.check(inNetNS(w.nodes[0].pod, func() error {
 		var cpus unix.CPUSet
 		cpus.Set(runtime.NumCPU() - 1)
 		if err := unix.SchedSetaffinity(0, &cpus); err != nil {
 			return err
 		}
-		from, to := w.nodes[0].podAddrs[family], w.nodes[1].podAddrs[family]
-		fd, next, err := meshSocket(from, to, fresh)
+		fd, next, err := meshSocket(w.nodes[0].podAddrs[family], w.nodes[1].podAddrs[family], true)
 		if err != nil {
 			return err
 		}
 		defer unix.Close(fd)
-		if !fresh {
-			if err := w.answer(fd, next(0)); err != nil {
-				return err
-			}
-		}
-		cost, err = sendChunk(fd, next, fresh)
+		cost, err = sendChunk(fd, next)
 		return err
 	}))
 	return cost
@@ -327,28 +414,23 @@ func pseudoSum(from, to netip.Addr, data []byte) uint32 {
 	return sum
 }
 
-func sendChunk(fd int, next func(int) []byte, fresh bool) (float64, error) {
+func sendChunk(fd int, next func(int) []byte) (float64, error) {
 	for range 200 { // the first ones open the flow and warm the caches
 		if _, err := unix.Write(fd, next(-1)); err != nil {
 			return 0, err
 		}
 	}
 	var before, after unix.Timespec
-	end := time.Now().Add(meshChunk)
 	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &before); err != nil {
 		return 0, err
 	}
-	sent := 0
-	for fresh && sent < meshNew || !fresh && time.Now().Before(end) {
-		for range 64 {
-			if _, err := unix.Write(fd, next(sent)); err != nil {
-				return 0, err
-			}
-			sent++
+	for i := range meshNew {
+		if _, err := unix.Write(fd, next(i)); err != nil {
+			return 0, err
 		}
 	}
 	err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &after)
-	return float64(after.Nano()-before.Nano()) / float64(sent), err
+	return float64(after.Nano()-before.Nano()) / meshNew, err
 }
 
 // roundTrips is how many bytes a second go there and back on one TCP connection.

@@ -66,6 +66,7 @@ type meshBenchNode struct {
 	agent     *exec.Cmd
 	client    *agent.Client
 	end       chan struct{}
+	tables    *tableSwitch
 }
 
 func newMeshBench(b *testing.B, dir string, mode cni.MeshMode) *meshBench {

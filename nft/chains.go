@@ -3,6 +3,7 @@ package nft
 import (
 	"net/netip"
 	"slices"
+	"strconv"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -91,18 +92,24 @@ func within(f field, not bool, prefix string) compare {
 	return c
 }
 
-// live matches packets of connections that the policy in force has allowed.
-func live() []statement {
-	return []statement{ctState{ctEstablished | ctRelated, "established,related"}, in{key: key{ctMark}, set: "epoch"}}
-}
+// live matches packets of connections that the policy in force has allowed. The mark says it all: what conntrack calls
+// invalid or does not track has no connection to read a mark of, and an allowed connection that nobody has answered yet
+// is stamped, too.
+func live() statement { return in{key: key{ctMark}, set: "epoch"} }
+
+// guardPriority is before defragmentation (-400, NF_IP_PRI_CONNTRACK_DEFRAG): the kernel puts fragments together by
+// address and identification, from whatever interface they came, and what is put together has one interface only.
+const guardPriority = -450
 
 // Bits of ct state (include/uapi/linux/netfilter/nf_conntrack_common.h, NF_CT_STATE_BIT).
 const (
-	ctInvalid     = 1
-	ctEstablished = 2
-	ctRelated     = 4
-	ctUntracked   = 64
+	ctInvalid   = 1
+	ctRelated   = 4
+	ctUntracked = 64
 )
+
+// ctDNAT is IPS_DST_NAT (same file): the connection's destination was changed.
+const ctDNAT = 1 << 5
 
 // verdictChains end a walk. They need no family: the maps they read hold numbers.
 func verdictChains() []chain {
@@ -201,7 +208,7 @@ func familyChains(f family) []chain {
 			stray(f.src, "egress"), stray(f.src, "ingress"), stray(f.dst, "ingress"), stray(f.dst, "egress"),
 		}},
 		chain{name: "pod" + s, rules: []rule{
-			does(ctState{ctInvalid | ctUntracked, "invalid,untracked"}, goTo("stray"+s)),
+			does(ctState(ctInvalid|ctUntracked, "invalid,untracked"), goTo("stray"+s)),
 			does(in{key: key{f.icmpType}, set: "icmp_error" + s}, goTo("stray"+s)),
 			does(assign{toCtMark, key{metaMark}, ""}),
 			does(jump("egress" + s)),
@@ -211,8 +218,9 @@ func familyChains(f family) []chain {
 	)
 }
 
-// baseChains hang the others on the kernel's hooks. The host's own packets are nobody's business: there is no
-// chain on output, and the one on input asks for the tunnels' ports only.
+// baseChains hang the others on the kernel's hooks. On postrouting there are nat chains only, which see the first packet
+// of a connection: another hook would cost every packet of a live one. So the guard of delivery is asked where the way is
+// chosen: in forward, on output for what the node itself sends, and after DNAT, which changes the way behind output's back.
 func baseChains() []chain {
 	dropped := func(m statement, why string) rule { return does(m, counter{}, drop).noted(why) }
 	nd := []statement{in{key: key{icmpv6Type}, set: "neighbor_discovery"}, compare{field: ip6HopLimit, value: []byte{255}, shown: "255"}}
@@ -237,14 +245,15 @@ func baseChains() []chain {
 			does(append(nd, ret)...),
 			does(counter{}, drop).noted("address not bound to the interface"),
 		)},
-		{name: "prerouting", hook: &hook{"filter", "prerouting", unix.NF_INET_PRE_ROUTING, -300, "raw"},
+		{name: "prerouting", hook: &hook{"filter", "prerouting", unix.NF_INET_PRE_ROUTING, guardPriority, strconv.Itoa(guardPriority)},
 			rules: append([]rule{does(podInterface(iifname, false), goTo("from_pod"))}, spoofed...)},
 		{name: "forward", hook: &hook{"filter", "forward", unix.NF_INET_FORWARD, -10, "filter - 10"},
-			rules: append(slices.Concat([]rule{does(append(live(), accept)...)}, tunnelForward(), judge),
+			rules: append(slices.Concat([]rule{does(live(), accept)}, tunnelForward(), []rule{does(podInterface(oifname, false), jump("to_pod"))}, judge),
 				dropped(podInterface(iifname, false), "from a pod that is not bound any more"),
 				dropped(podInterface(oifname, false), "to a pod that is not bound any more"))},
-		{name: "postrouting", hook: &hook{"filter", "postrouting", unix.NF_INET_POST_ROUTING, 0, "filter"},
-			rules: []rule{does(append(live(), accept)...), does(podInterface(oifname, false), goTo("to_pod"))}},
+		{name: "output", hook: &hook{"filter", "output", unix.NF_INET_LOCAL_OUT, 0, "filter"}, rules: []rule{does(podInterface(oifname, false), goTo("to_pod"))}},
+		{name: "delivery", hook: &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, 99, "srcnat - 1"},
+			rules: []rule{does(ctBits{"ct status", expr.CtKeySTATUS, ctDNAT, "dnat"}, podInterface(oifname, false), goTo("to_pod"))}},
 		{name: "srcnat", hook: &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, 100, "srcnat"}, rules: append([]rule{does(podInterface(oifname, false), goTo("hairpin"))}, masq...)},
 	}
 }

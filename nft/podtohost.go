@@ -177,7 +177,7 @@ func podInputChain() chain {
 		does(compare{field: ctDirection, value: []byte{1}, shown: "reply"}, ret),
 		does(within(ip4Dst, false, "127.0.0.0/8"), counter{}, drop).noted("a pod speaks to the node's loopback"),
 		does(in{key: key{metaNFProto}, not: true, set: "node_closed"}, ret),
-		does(ctState{ctRelated, "related"}, ret),
+		does(ctState(ctRelated, "related"), ret),
 		does(in{key: key{metaL4Proto, thDport}, set: "node_open"}, ret),
 		does(in{key: key{icmpv6Type}, set: "neighbor_discovery"}, compare{field: ip6HopLimit, value: []byte{255}, shown: "255"}, ret),
 		does(counter{}, drop).noted("podToHost: deny"),

@@ -142,7 +142,7 @@ func familySets(f family) []*setSpec {
 func constantSets() []*setSpec {
 	c, v, m := typeClassID, typeVerdict, typeMark
 	return []*setSpec{
-		{name: "verdict", key: []dataType{c}, data: &v, fixed: []fixedElement{
+		{name: "verdict", key: []dataType{c}, data: &v, size: 4, fixed: []fixedElement{
 			{shown: "0:1 : return", key: host32(policy.CodeAllow), goes: &ret},
 			{shown: "0:2 : goto deny", key: host32(policy.CodeDeny), goes: &gotoDeny},
 			{shown: "0:3 : goto allow_log", key: host32(policy.CodeAllowLog), goes: &verdict{expr.VerdictGoto, "allow_log"}},
@@ -164,7 +164,7 @@ func constantSets() []*setSpec {
 				{shown: "mld-listener-report", key: []byte{131}}, {shown: "mld-listener-done", key: []byte{132}},
 				{shown: "nd-router-solicit", key: []byte{133}}, {shown: "mld2-listener-report", key: []byte{143}},
 			}},
-		{name: "epoch", key: []dataType{m}, comment: "marks of connections judged by the policy in force"},
+		{name: "epoch", key: []dataType{m}, size: 16, comment: "marks of connections judged by the policy in force"},
 		{name: "stamp", key: []dataType{typeNFProto}, data: &m, comment: "the mark an allowed connection gets"},
 	}
 }

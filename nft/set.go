@@ -40,7 +40,7 @@ type setSpec struct {
 	data    *dataType
 	flags   uint32 // NFT_SET_INTERVAL, or NFT_SET_EVAL with NFT_SET_TIMEOUT
 	timeout uint32 // seconds
-	size    uint32 // elements; only dynamic sets are bounded: a fixed hash table is colder
+	size    uint32 // elements; 0: unbounded. Where few are certain a fixed table is the faster one, with many it is colder
 	comment string
 	fixed   []fixedElement // part of the program
 }
@@ -92,9 +92,12 @@ func (s *setSpec) text(b *strings.Builder) {
 		line += " : " + s.data.name
 	}
 	fmt.Fprintf(b, "\t%s %s { type %s;", kind, s.name, line)
+	if s.size != 0 {
+		fmt.Fprintf(b, " size %d;", s.size)
+	}
 	switch {
 	case s.dynamic():
-		fmt.Fprintf(b, " size %d; flags dynamic,timeout; timeout %s;", s.size, shownSeconds(s.timeout))
+		fmt.Fprintf(b, " flags dynamic,timeout; timeout %s;", shownSeconds(s.timeout))
 	case s.interval():
 		b.WriteString(" flags interval;")
 	}

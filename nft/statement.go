@@ -121,16 +121,22 @@ func (c compare) exprs(r *ruleContext) {
 	}
 }
 
-// ctState matches a connection in one of the states of the mask.
-type ctState struct {
+// ctBits matches a connection whose state or status has one of the bits of the mask.
+type ctBits struct {
+	name  string
+	key   expr.CtKey
 	mask  uint32
 	shown string
 }
 
-func (c ctState) text() string { return "ct state " + c.shown }
+func ctState(mask uint32, shown string) ctBits {
+	return ctBits{"ct state", expr.CtKeySTATE, mask, shown}
+}
 
-func (c ctState) exprs(r *ruleContext) {
-	r.add(&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+func (c ctBits) text() string { return c.name + " " + c.shown }
+
+func (c ctBits) exprs(r *ruleContext) {
+	r.add(&expr.Ct{Key: c.key, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(c.mask), Xor: host32(0)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: host32(0)})
 }

@@ -21,9 +21,9 @@ import (
 // TraceTable is the table that Trace makes for as long as it runs.
 const TraceTable = "nftcni_trace"
 
-// tracePriority comes before every other chain that a packet meets first: raw is -300,
-// conntrack -200, defragmentation -400.
-const tracePriority = -390
+// tracePriority comes before every other chain that a packet meets first; our guard is there, before
+// defragmentation. Of a fragmented packet only the first part has the port that a filter may ask for.
+const tracePriority = guardPriority - 10
 
 // TraceFilter says which packets are traced: those that match every field that is set.
 type TraceFilter struct {

@@ -215,6 +215,7 @@ func TestKernelUnbind(t *testing.T) {
 	want(t, "unbound address receives from its node", w.UDP(at("10.9.0.3", 7)), false)
 	want(t, "unbound address receives from outside", w.outside.UDP(at("10.9.0.3", 7)), false)
 	finish(t, w.table, r)
+	unheard(t, w, "10.9.0.3", "fd09::3")
 	apply(t, w.table, nft.Change{Bind: bindings(true, w.client, w.stranger)})
 	want(t, "bound again", w.client.TCP(at("10.9.0.1", 80)), true)
 	want(t, "stranger receives again", w.UDP(at("10.9.0.3", 7)), true)
