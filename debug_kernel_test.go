@@ -318,8 +318,8 @@ func testDebugCapture(t *testing.T) {
 	if err != nil || cmd.Wait() != nil {
 		t.Fatal(err)
 	}
-	found := 0
-	for len(packets) >= 16 {
+	found, all := 0, 0
+	for ; len(packets) >= 16; all++ {
 		size := int(binary.LittleEndian.Uint32(packets[8:]))
 		if len(packets) < 16+size {
 			t.Fatalf("a packet of %d bytes is cut short", size)
@@ -329,8 +329,8 @@ func testDebugCapture(t *testing.T) {
 		}
 		packets = packets[16+size:]
 	}
-	if !bytes.Equal(header[:4], []byte{0x4d, 0x3c, 0xb2, 0xa1}) || header[20] != 1 || found != 3 {
-		t.Errorf("header % x, %d packets of redis, want pcap with nanoseconds, Ethernet, 3", header, found)
+	if !bytes.Equal(header[:4], []byte{0x4d, 0x3c, 0xb2, 0xa1}) || header[20] != 1 || found == 0 || all != 3 { // what IPv6 says by itself may be among them
+		t.Errorf("header % x, %d packets, %d of redis, want pcap with nanoseconds, Ethernet, 3 packets", header, all, found)
 	}
 	n.debug(t, "capture", "nobody").want(t, 1, "nobody", "debug pods")
 }

@@ -232,8 +232,8 @@ func kubeProxyFinding(tables []string, ipvs bool) Finding {
 		return warn(name, "rules of several modes: "+strings.Join(modes, " and ")+": Services may go to backends that are gone",
 			"kube-proxy --cleanup removes the rules of the modes it does not run in; a reboot does too")
 	case ipvs:
-		return warn(name, "IPVS mode: it is not tested with nftcni; policies judge the pod's address all the same",
-			"kube-proxy's nftables mode is the one that is tested (--proxy-mode=nftables)")
+		return warn(name, "IPVS mode: what pods send to Services passes policies unjudged, only the answers are judged; it is not tested with nftcni",
+			"use kube-proxy's nftables mode, the one that is tested (--proxy-mode=nftables)")
 	case len(modes) == 0:
 		return ok(name, "no rules of it (none runs, another program serves Services, or it uses iptables-legacy)")
 	}

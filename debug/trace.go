@@ -80,7 +80,7 @@ func (s *session) trace(cmd *cobra.Command, fl traceFlags) error {
 	ctx, cancel := boundedContext(cmd.Context(), fl.seconds)
 	defer cancel()
 	t := tracer{names: newNames(snap), places: places, why: newReasons(snap.Cluster, snap.Node), snap: snap, packets: fl.packets,
-		links: map[uint32]string{}, flows: map[uint32]policy.Flow{}, answer: map[uint32]bool{},
+		links: map[uint32]string{}, flows: map[uint32]policy.Flow{}, answer: map[uint32]bool{}, whole: map[uint32]bool{},
 		live: func() ([]connection, error) { return liveFlows(cmd.Context()) }}
 	var steps atomic.Uint64 // of these packets since the last of them began
 	go endWhenQuiet(ctx, cancel, &steps)

@@ -24,6 +24,7 @@ type tracer struct {
 	live   func() ([]connection, error) // conntrack's connections
 	flows  map[uint32]policy.Flow       // by packet, of those that were asked for
 	answer map[uint32]bool              // packets that the server of a connection sent
+	whole  map[uint32]bool              // packets marked before defragmentation, until they are behind it
 
 	packets          int // how many are wanted; 0: no end
 	started, dropped int
@@ -35,7 +36,7 @@ func (t *tracer) allDropped() bool { return t.packets > 0 && t.dropped >= t.pack
 // step returns the hop of a step, and whether its packet is one that was asked for: not when
 // there are more of them, and not what another program traces.
 func (t *tracer) step(s nft.TraceStep) (Hop, bool) {
-	if marks := s.Table == nft.TraceTable && s.Rule != 0; marks { // the first step of every packet
+	if t.begins(s) {
 		delete(t.flows, s.Packet)
 		delete(t.answer, s.Packet)
 		if !t.allBegun() {
@@ -54,6 +55,21 @@ func (t *tracer) step(s nft.TraceStep) (Hop, bool) {
 		t.dropped++
 	}
 	return h, true
+}
+
+// begins reports whether a step is a packet's first: where it is marked. What came whole is marked again behind
+// defragmentation, where a packet that came in fragments begins.
+func (t *tracer) begins(s nft.TraceStep) bool {
+	if s.Table != nft.TraceTable || s.Rule == 0 {
+		return false
+	}
+	if s.Chain == nft.TraceReassembled {
+		again := t.whole[s.Packet]
+		delete(t.whole, s.Packet)
+		return !again
+	}
+	t.whole[s.Packet] = s.Chain == "prerouting"
+	return true
 }
 
 // worthShowing is false for how a packet was marked, but for the step that has its flow.

@@ -88,9 +88,7 @@ func (t *Table) apply(ctx context.Context, c Change) (Receipt, error) {
 	moved.added, moved.removed = hostPortChanges(t.ports, c.HostPorts)
 	toHost := planPodToHost(t.toHost, c.PodToHost)
 	if len(unbind)+len(moved.removed) > 0 {
-		last := len(unbind) > 0 && len(c.Delta.Steps) == 0 && len(t.binds(c.Bind, unbind)) == 0 && len(moved.added) == 0 &&
-			!t.networksDiffer(c.PodNetworks) && !t.tunnelsDiffer(c.Tunnels) && toHost.empty()
-		if err := t.commitUnbind(&r, unbind, moved.removed, last); err != nil {
+		if err := t.commitUnbind(&r, unbind, moved.removed); err != nil {
 			return r, err
 		}
 	}
@@ -158,9 +156,9 @@ func (t *Table) commit(r *Receipt, b *batch) error {
 	return nil
 }
 
-// commitUnbind takes the node's ports away, closes the guards, and cuts live connections at once when nothing else
-// follows.
-func (t *Table) commitUnbind(r *Receipt, unbind []Binding, ports []HostPort, last bool) error {
+// commitUnbind takes the node's ports away, closes the guards, and cuts the live connections of what it unbinds at once:
+// live packets are not asked for their binding, and what follows may wait.
+func (t *Table) commitUnbind(r *Receipt, unbind []Binding, ports []HostPort) error {
 	b := newBatch(t.conn.seq)
 	kept := maps.Clone(t.ports)
 	for _, p := range ports {
@@ -172,7 +170,7 @@ func (t *Table) commitUnbind(r *Receipt, unbind []Binding, ports []HostPort, las
 		b.unbind(u, left[u.Addr])
 	}
 	epoch := t.epoch
-	if last {
+	if len(unbind) > 0 {
 		epoch = t.bump(b, true)
 	}
 	if err := t.commit(r, b); err != nil {
@@ -202,7 +200,7 @@ func (t *Table) commitLast(r *Receipt, c Change, ports []HostPort, toHost podToH
 	b.tunnels(open, closed)
 	b.podToHost(toHost)
 	epoch := t.epoch
-	// An unbinding that stood alone has bumped already.
+	// An unbinding has bumped already; what follows it may revoke more.
 	if revokes && (!b.empty() || c.Delta.Revokes || r.Transactions == 0) {
 		epoch = t.bump(b, true)
 	}

@@ -38,6 +38,8 @@ var (
 	ip6Src       = field{name: "ip6 saddr", size: 16, l3: unix.NFPROTO_IPV6, load: payload(expr.PayloadBaseNetworkHeader, 8, 16)}
 	ip6Dst       = field{name: "ip6 daddr", size: 16, l3: unix.NFPROTO_IPV6, load: payload(expr.PayloadBaseNetworkHeader, 24, 16)}
 	ip6HopLimit  = field{name: "ip6 hoplimit", size: 1, l3: unix.NFPROTO_IPV6, load: payload(expr.PayloadBaseNetworkHeader, 7, 1)}
+	ip4Fragment  = field{name: "ip frag-off", size: 2, l3: unix.NFPROTO_IPV4, load: payload(expr.PayloadBaseNetworkHeader, 6, 2)}
+	ip6Next      = field{name: "ip6 nexthdr", size: 1, l3: unix.NFPROTO_IPV6, load: payload(expr.PayloadBaseNetworkHeader, 6, 1)}
 	icmpType     = field{name: "icmp type", size: 1, l3: unix.NFPROTO_IPV4, l4: unix.IPPROTO_ICMP, load: payload(expr.PayloadBaseTransportHeader, 0, 1)}
 	icmpv6Type   = field{name: "icmpv6 type", size: 1, l3: unix.NFPROTO_IPV6, l4: unix.IPPROTO_ICMPV6, load: payload(expr.PayloadBaseTransportHeader, 0, 1)}
 	udpDport     = field{name: "udp dport", size: 2, l4: unix.IPPROTO_UDP, load: payload(expr.PayloadBaseTransportHeader, 2, 2)}
@@ -111,6 +113,10 @@ const (
 // ctDNAT is IPS_DST_NAT (same file): the connection's destination was changed.
 const ctDNAT = 1 << 5
 
+// deliveryPriority is before every other nat chain that a kernel takes (they come behind conntrack, -200): the first one that
+// gives a connection another source is the last one that is asked.
+const deliveryPriority = -199
+
 // verdictChains end a walk. They need no family: the maps they read hold numbers.
 func verdictChains() []chain {
 	port := func(f field, by string) rule {
@@ -138,9 +144,12 @@ func verdictChains() []chain {
 			does(assign{toPriority, key{metaMark}, "access_others"}, goTo("decide")),
 			does(gotoDeny),
 		}},
+		// One connection of multicast leaves by several interfaces: what is allowed to one pod must not be live for another.
 		chain{name: "allowed", rules: []rule{
 			does(constant{toPriority, 0, "none"}),
 			does(assign{toMark, key{ctMark}, ""}),
+			does(within(ip4Dst, false, "224.0.0.0/4"), ret),
+			does(within(ip6Dst, false, "ff00::/8"), ret),
 			does(assign{toCtMark, key{metaNFProto}, "stamp"}),
 		}},
 		chain{name: "stray_drop", rules: []rule{does(counter{}, drop).noted("belongs to no live connection")}},
@@ -220,7 +229,8 @@ func familyChains(f family) []chain {
 
 // baseChains hang the others on the kernel's hooks. On postrouting there are nat chains only, which see the first packet
 // of a connection: another hook would cost every packet of a live one. So the guard of delivery is asked where the way is
-// chosen: in forward, on output for what the node itself sends, and after DNAT, which changes the way behind output's back.
+// chosen: in forward, on output for what the node itself sends, and where a connection's first packet leaves, since DNAT and marks
+// change the way behind output's back.
 func baseChains() []chain {
 	dropped := func(m statement, why string) rule { return does(m, counter{}, drop).noted(why) }
 	nd := []statement{in{key: key{icmpv6Type}, set: "neighbor_discovery"}, compare{field: ip6HopLimit, value: []byte{255}, shown: "255"}}
@@ -251,9 +261,10 @@ func baseChains() []chain {
 			rules: append(slices.Concat([]rule{does(live(), accept)}, tunnelForward(), []rule{does(podInterface(oifname, false), jump("to_pod"))}, judge),
 				dropped(podInterface(iifname, false), "from a pod that is not bound any more"),
 				dropped(podInterface(oifname, false), "to a pod that is not bound any more"))},
-		{name: "output", hook: &hook{"filter", "output", unix.NF_INET_LOCAL_OUT, 0, "filter"}, rules: []rule{does(podInterface(oifname, false), goTo("to_pod"))}},
-		{name: "delivery", hook: &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, 99, "srcnat - 1"},
-			rules: []rule{does(ctBits{"ct status", expr.CtKeySTATUS, ctDNAT, "dnat"}, podInterface(oifname, false), goTo("to_pod"))}},
+		{name: "node_to_pod", rules: []rule{does(ctBits{"ct status", expr.CtKeySTATUS, ctDNAT, "dnat"}, accept), does(goTo("to_pod"))}},
+		{name: "output", hook: &hook{"filter", "output", unix.NF_INET_LOCAL_OUT, 0, "filter"}, rules: []rule{does(podInterface(oifname, false), goTo("node_to_pod"))}},
+		{name: "delivery", hook: &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, deliveryPriority, strconv.Itoa(deliveryPriority)},
+			rules: []rule{does(podInterface(oifname, false), goTo("to_pod"))}},
 		{name: "srcnat", hook: &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, 100, "srcnat"}, rules: append([]rule{does(podInterface(oifname, false), goTo("hairpin"))}, masq...)},
 	}
 }

@@ -113,6 +113,7 @@ func (t *Table) replace(p *program, s State, found tableInfo) error {
 
 func (t *Table) write(p *program, s State, found tableInfo) error {
 	if s.Epoch == 0 {
+		t.again = false // nothing is live
 		var err error
 		if s.Epoch, err = firstEpoch(); err != nil {
 			return err
@@ -128,7 +129,7 @@ func (t *Table) write(p *program, s State, found tableInfo) error {
 		return err
 	}
 	t.remember(s)
-	t.epoch, t.again = s.Epoch, false
+	t.epoch = s.Epoch
 	t.reader.sets = map[string]bool{}
 	for _, set := range p.sets {
 		t.reader.sets[set.name] = true
@@ -166,7 +167,7 @@ func (t *Table) writeOnce(p *program, s State, found tableInfo) error {
 	plan := planPodToHost(PodToHost{}, &s.PodToHost)
 	b.podPorts(plan.before)
 	b.podToHost(plan)
-	b.addEpoch(s.Epoch, false)
+	b.addEpoch(s.Epoch, t.again)
 	return t.conn.commit(b)
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -34,6 +35,46 @@ func TestKernelWrongWay(t *testing.T) {
 		}
 	}
 	unheard(t, w, "10.9.0.2", "fd09::2")
+}
+
+// TestKernelOtherWays: what changes a packet's way or destination behind the back of output leads no more and no less.
+func TestKernelOtherWays(t *testing.T) {
+	needNft(t)
+	w := newWorld(t)
+	finish(t, w.table, apply(t, w.table, nft.Change{Unbind: bindings(true, w.stranger)}))
+	heard := func(to netip.AddrPort) int64 {
+		in := w.stranger.Sink(addr("10.9.0.3"), 9)
+		_, _ = w.DialUDP(to).Write([]byte("x"))
+		return in.Total()
+	}
+	nftFile(t, `table ip other {
+	chain own { type nat hook output priority -100; udp dport 99 dnat to 10.9.0.3:9; ip daddr 10.9.0.2 udp dport 98 dnat to 10.9.0.1:80; }
+	chain early { type nat hook postrouting priority srcnat - 1; ct status dnat masquerade; }
+	chain marks { type route hook output priority mangle; ip daddr 192.0.2.9 udp dport 9 meta mark set 0x77; }
+}`)
+	if n := heard(at("192.0.2.9", 99)); n != 0 {
+		t.Errorf("behind an earlier SNAT an unbound address heard %d datagrams", n)
+	}
+	want(t, "from the node to a pod's address that leads to another pod", w.UDP(at("10.9.0.2", 98)), true)
+	wrong, err := netlink.LinkByName(w.stranger.Interface)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rule := netlink.NewRule()
+	rule.Mark, rule.Table = 0x77, 77
+	all := &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
+	if err := errors.Join(netlink.RuleAdd(rule), netlink.RouteAdd(&netlink.Route{LinkIndex: wrong.Attrs().Index, Dst: all, Scope: netlink.SCOPE_LINK, Table: 77}),
+		netlink.NeighSet(&netlink.Neigh{LinkIndex: wrong.Attrs().Index, IP: net.IPv4(192, 0, 2, 9), HardwareAddr: w.stranger.MAC, State: netlink.NUD_PERMANENT}),
+		w.stranger.Do(func() error {
+			return netlink.AddrAdd(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: 1}}, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 0, 2, 9), Mask: net.CIDRMask(32, 32)}})
+		})); err != nil {
+		t.Fatal(err)
+	}
+	in := w.stranger.Sink(addr("192.0.2.9"), 9)
+	_, _ = w.DialUDP(at("192.0.2.9", 9)).Write([]byte("x"))
+	if n := in.Total(); n != 0 {
+		t.Errorf("by a mark's route a pod heard %d datagrams that are not its own", n)
+	}
 }
 
 // unheard: nothing that is sent to the addresses arrives at the stranger, which has them: not by forwarding, not from the

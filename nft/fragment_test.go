@@ -1,15 +1,21 @@
 package nft_test
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nftcni/nftcni/nft"
 	"github.com/nftcni/nftcni/nft/nfttest"
+	"github.com/nftcni/nftcni/policy"
 )
 
 // fragments4 cuts a datagram from src to dst into two IPv4 fragments of one identification.
@@ -103,5 +109,54 @@ func hear(t *testing.T, on *nfttest.Host, at netip.AddrPort) func() string {
 			return err.Error()
 		}
 		return string(b[:n])
+	}
+}
+
+// TestKernelTraceFragments: a packet that came in fragments is one packet of a trace, with its port, and one that came whole is
+// seen from before the source guard on.
+func TestKernelTraceFragments(t *testing.T) {
+	w := newWorld(t)
+	for _, c := range []struct {
+		src, dst string
+		cut      func(src, dst netip.Addr, payload []byte) (first, second []byte)
+		send     func(from *nfttest.Host, packet []byte) error
+	}{{"10.9.0.2", "192.0.2.9", fragments4, sendRaw}, {"fd09::2", "2001:db8::9", fragments6, sendRaw6}} {
+		for _, port := range []uint16{0, 9} {
+			src, dst := addr(c.src), addr(c.dst)
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			begun, chains := map[string]policy.Flow{}, map[string]string{}
+			err := nft.Trace(ctx, nft.Options{}, nft.TraceFilter{Dst: []netip.Addr{dst}, Protocol: policy.UDP, Port: port}, func() {
+				first, second := c.cut(src, dst, datagram(src, dst, 9, "in two parts"))
+				if err := errors.Join(c.send(w.client, first), c.send(w.client, second)); err != nil {
+					t.Error(err)
+				}
+				_, _ = w.stranger.DialUDP(netip.AddrPortFrom(dst, 9)).Write([]byte("whole"))
+			}, func(s nft.TraceStep) {
+				id := fmt.Sprintf("%08x", s.Packet)
+				chains[id] += s.Chain + " "
+				if s.Flow.Src.IsValid() {
+					begun[id] = s.Flow
+				}
+				if s.Chain == "srcnat" && begun[id].Src != src {
+					cancel() // the whole one came last
+				}
+			})
+			cancel()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for id, f := range begun {
+				want := "reassembled"
+				if f.Src != src {
+					want = "prerouting"
+				}
+				if f.Port != 9 || f.Protocol != policy.UDP || !strings.HasPrefix(chains[id], want) || !strings.Contains(chains[id], "forward") {
+					t.Errorf("port %d: packet of %v begins at %q: %s", port, f, want, chains[id])
+				}
+			}
+			if len(begun) != 2 {
+				t.Errorf("port %d: %d packets to %s were traced, want 2: %v", port, len(begun), dst, begun)
+			}
+		}
 	}
 }

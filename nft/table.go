@@ -166,7 +166,15 @@ func (t *Table) open(ctx context.Context) error {
 		state = State{}
 	}
 	t.log.Info("replace table", "because", cmp.Or(diff, "flags owner,persist"))
-	return t.replace(p, state, found)
+	if state.Epoch != 0 {
+		if _, t.again, err = t.readEpoch(); err != nil {
+			return fmt.Errorf("read the old table's epoch: %w", err)
+		}
+	}
+	if err := t.replace(p, state, found); err != nil {
+		return err
+	}
+	return t.bumpOwed(ctx)
 }
 
 // adoptTable takes over a table that is as it should be, without writing. One that lost
@@ -175,12 +183,17 @@ func (t *Table) adoptTable(ctx context.Context) error {
 	if err := t.load(ctx); err != nil {
 		return err
 	}
-	if t.again { // the predecessor died between the two bumps of a revocation
-		t.seq++
-		t.pending = append(t.pending, pending{seq: t.seq, revokes: true})
-		return t.graceAndFinish(ctx)
+	return t.bumpOwed(ctx)
+}
+
+// bumpOwed makes the second bump of a revocation whose maker died between the two.
+func (t *Table) bumpOwed(ctx context.Context) error {
+	if !t.again {
+		return nil
 	}
-	return nil
+	t.seq++
+	t.pending = append(t.pending, pending{seq: t.seq, revokes: true})
+	return t.graceAndFinish(ctx)
 }
 
 // claim makes this socket the owner of a table whose owner went (Linux 6.9).

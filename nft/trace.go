@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -21,9 +22,15 @@ import (
 // TraceTable is the table that Trace makes for as long as it runs.
 const TraceTable = "nftcni_trace"
 
-// tracePriority comes before every other chain that a packet meets first; our guard is there, before
-// defragmentation. Of a fragmented packet only the first part has the port that a filter may ask for.
+// tracePriority comes before every other chain that a packet meets first; our guard is there, before defragmentation.
 const tracePriority = guardPriority - 10
+
+// TraceReassembled is the chain of TraceTable behind defragmentation (-400). A packet that came in fragments begins there:
+// before, its parts are packets of their own, only the first of them has a port, and the whole has another number. What
+// came whole is marked in the table's other chain, and meets this one too.
+const TraceReassembled = "reassembled"
+
+const reassembledPriority = -390
 
 // TraceFilter says which packets are traced: those that match every field that is set.
 type TraceFilter struct {
@@ -101,10 +108,18 @@ func readTraces(ctx context.Context, events *netlink.Conn, report func(TraceStep
 
 func addTraceRules(conn *nftables.Conn, f TraceFilter) error {
 	table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: TraceTable, Flags: nftables.TableFlagOwner})
-	priority := nftables.ChainPriority(tracePriority)
-	for name, hook := range map[string]*nftables.ChainHook{"prerouting": nftables.ChainHookPrerouting, "output": nftables.ChainHookOutput} {
-		chain := conn.AddChain(&nftables.Chain{Name: name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: &priority})
-		for _, e := range f.rules() {
+	for _, c := range []struct {
+		name     string
+		hook     *nftables.ChainHook
+		priority nftables.ChainPriority
+		rules    [][]expr.Any
+	}{
+		{"prerouting", nftables.ChainHookPrerouting, tracePriority, f.rules(whole)},
+		{TraceReassembled, nftables.ChainHookPrerouting, reassembledPriority, f.rules(nil)},
+		{"output", nftables.ChainHookOutput, tracePriority, f.rules(nil)},
+	} {
+		chain := conn.AddChain(&nftables.Chain{Name: c.name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: c.hook, Priority: &c.priority})
+		for _, e := range c.rules {
 			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: e})
 		}
 	}
@@ -121,8 +136,17 @@ func addTraceRules(conn *nftables.Conn, f TraceFilter) error {
 	return nil
 }
 
-// rules are one for every pair of addresses of one family.
-func (f TraceFilter) rules() [][]expr.Any {
+// whole matches packets of a family that are no fragments: no offset and no more to come (RFC 791), or no fragment header
+// behind the IPv6 header (RFC 8200, 4.5).
+func whole(f family) statement {
+	if f.l3 == unix.NFPROTO_IPV4 {
+		return compare{field: ip4Fragment, value: []byte{0, 0}, mask: []byte{0x3f, 0xff}}
+	}
+	return compare{field: ip6Next, not: true, value: []byte{unix.IPPROTO_FRAGMENT}}
+}
+
+// rules are one for every pair of addresses of one family; with what else to match for a family, one for each family.
+func (f TraceFilter) rules(also func(family) statement) [][]expr.Any {
 	srcs, dsts := f.Src, f.Dst
 	if len(srcs) == 0 {
 		srcs = []netip.Addr{{}}
@@ -136,14 +160,25 @@ func (f TraceFilter) rules() [][]expr.Any {
 			if s.IsValid() && d.IsValid() && s.Is4() != d.Is4() {
 				continue
 			}
-			out = append(out, f.rule(s, d))
+			if also == nil {
+				out = append(out, f.rule(s, d, nil))
+				continue
+			}
+			for i, family := range families() {
+				if a := cmp.Or(s, d); !a.IsValid() || a.Is6() == (i == 1) {
+					out = append(out, f.rule(s, d, also(family)))
+				}
+			}
 		}
 	}
 	return out
 }
 
-func (f TraceFilter) rule(src, dst netip.Addr) []expr.Any {
+func (f TraceFilter) rule(src, dst netip.Addr, also statement) []expr.Any {
 	r := &ruleContext{}
+	if also != nil {
+		also.exprs(r)
+	}
 	families := families()
 	for i, a := range []netip.Addr{src, dst} {
 		if !a.IsValid() {

@@ -1,7 +1,6 @@
 package nft_test
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -52,20 +51,46 @@ func witnessed(t *testing.T) (n [4]int64) {
 	return n
 }
 
-// TestKernelUpgrade replaces the program of the version before, which had neither host ports nor podToHost, while an
-// allowed connection sends, new ones begin and forbidden ones try: nothing is lost and nothing gets through.
+// TestKernelUpgrade replaces programs of versions before, one that had neither host ports nor podToHost and one that asked for
+// the binding on postrouting, while an allowed connection sends, new ones begin and forbidden ones try: nothing is lost and
+// nothing gets through.
 func TestKernelUpgrade(t *testing.T) {
-	needNft(t)
-	old, err := os.ReadFile("testdata/program-before.nft")
-	if errors.Is(err, os.ErrNotExist) {
-		t.Fatal("testdata/program-before.nft is the program to upgrade from: commit it")
+	for _, name := range []string{"host-ports", "delivery"} {
+		t.Run(name, func(t *testing.T) { upgradeFrom(t, programBefore(t, name)) })
 	}
+}
+
+func programBefore(t *testing.T, name string) string {
+	t.Helper()
+	needNft(t)
+	old, err := os.ReadFile("testdata/program-before-" + name + ".nft")
 	if err != nil {
 		t.Fatal(err)
 	}
+	return string(old)
+}
+
+// TestKernelUpgradeOwesBump: the second bump of a revocation is made though its maker died and the program is another one.
+func TestKernelUpgradeOwesBump(t *testing.T) {
+	old := programBefore(t, "delivery")
 	w := newWorld(t)
 	before := state(t, w.table)
-	elements := elementsOf(nftList(t), string(old))
+	elements := regexp.MustCompile(`(inet nftcni epoch \{ \S+)`).ReplaceAllString(elementsOf(nftList(t), old), `$1 comment "bump again"`)
+	_ = w.table.Close()
+	nftFile(t, "delete table inet nftcni\n"+old+elements)
+	after := state(t, open(t, nft.Options{}))
+	if after.Epoch == before.Epoch {
+		t.Error("connections that were stamped between the two bumps are live still")
+	}
+	if set := runNft(t, "list", "set", "inet", nft.TableName, "epoch"); strings.Contains(set, "again") {
+		t.Errorf("a bump is owed still:\n%s", set)
+	}
+}
+
+func upgradeFrom(t *testing.T, old string) {
+	w := newWorld(t)
+	before := state(t, w.table)
+	elements := elementsOf(nftList(t), old)
 	_ = w.table.Close()
 
 	nftFile(t, witness)
@@ -93,7 +118,7 @@ func TestKernelUpgrade(t *testing.T) {
 	tasks.Go(func() { sentDenied, _ = w.stranger.Flood(at("10.9.0.1", 90), rate, stop) })
 
 	for range 20 {
-		nftFile(t, "delete table inet nftcni\n"+string(old)+elements)
+		nftFile(t, "delete table inet nftcni\n"+old+elements)
 		was := generation(t)
 		table := open(t, nft.Options{})
 		after := state(t, table)

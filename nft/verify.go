@@ -96,8 +96,13 @@ func setsDiffer(p *program, got []map[uint16][]byte) string {
 			return "set " + name
 		}
 		magic, size := s.keyType()
-		want := [5]uint32{s.allFlags(), magic, size, 0, 0}
-		have := [5]uint32{beUint32(attrs[unix.NFTA_SET_FLAGS]), beUint32(attrs[unix.NFTA_SET_KEY_TYPE]), beUint32(attrs[unix.NFTA_SET_KEY_LEN])}
+		desc, err := attributeMap(attrs[unix.NFTA_SET_DESC])
+		if err != nil {
+			return "declaration of set " + name
+		}
+		want := [6]uint32{s.allFlags(), magic, size, 0, 0, s.size}
+		have := [6]uint32{beUint32(attrs[unix.NFTA_SET_FLAGS]), beUint32(attrs[unix.NFTA_SET_KEY_TYPE]), beUint32(attrs[unix.NFTA_SET_KEY_LEN]),
+			5: beUint32(desc[unix.NFTA_SET_DESC_SIZE])}
 		if s.data != nil {
 			want[3], want[4] = s.data.magic, s.data.size
 			have[3], have[4] = beUint32(attrs[unix.NFTA_SET_DATA_TYPE]), beUint32(attrs[unix.NFTA_SET_DATA_LEN])
