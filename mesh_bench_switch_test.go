@@ -77,7 +77,7 @@ type meshPart struct {
 }
 
 func meshParts() []meshPart {
-	nat := []string{"srcnat", "dstnat", "dstnat_own"}
+	nat := []string{"delivery", "srcnat", "dstnat", "dstnat_own"}
 	return []meshPart{
 		{"part_guard", "all but the source guard", []string{"prerouting"}},
 		{"part_nat", "all but the nat chains", nat},
